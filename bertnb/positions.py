@@ -1,0 +1,75 @@
+"""Positions.
+
+Written by tools/extract.py from notebooks/03_positions.md: edit that notebook, not this file.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from bertnb.configuration import BertConfig
+
+__all__ = ["sinusoidal_positions", "LearnedPositions", "check_ids"]
+
+
+# %% Sinusoids
+def sinusoidal_positions(length: int, dim: int) -> Tensor:
+    """Return the table of (3.3) as float32 (length, dim): sines in the even columns, cosines in the odd ones.
+
+    Raises:
+        ValueError: `dim` is odd or not positive, or `length` is negative.
+    """
+    if dim <= 0 or dim % 2:
+        raise ValueError(
+            f"dim={dim}: expected a positive even number, a sine and a cosine for each frequency"
+        )
+    if length < 0:
+        raise ValueError(f"length={length}: expected 0 or more positions")
+    position = torch.arange(length, dtype=torch.float64)[:, None]
+    frequency = 10000.0 ** (
+        -torch.arange(0, dim, 2, dtype=torch.float64) / dim
+    )  # (dim / 2,)
+    angle = position * frequency  # (length, dim / 2)
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2).float()
+
+
+# %% Learned positions
+class LearnedPositions(nn.Embedding):
+    """BERT's positions: a trained vector for each of the first `max_position_embeddings` places."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """Return the vectors (..., H) of the ids (...).
+
+        Raises:
+            ValueError: an id is negative or beyond the table.
+        """
+        check_ids(
+            position_ids,
+            "position_ids",
+            self.num_embeddings,
+            "max_position_embeddings",
+        )
+        return super().forward(position_ids)
+
+
+def check_ids(ids: Tensor, name: str, size: int, limit: str) -> None:
+    """Raise a readable error for integer `ids` outside 0..size-1, before the device fails on them.
+
+    Raises:
+        TypeError: `ids` are not int32 or int64.
+        ValueError: an id lies outside the table.
+    """
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"{name} has dtype {ids.dtype}; expected torch.int64 ids"
+        )
+    if torch.compiler.is_compiling() or ids.numel() == 0:
+        return  # a compiled graph cannot look at values
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= size:
+        bad = low if low < 0 else high
+        raise ValueError(
+            f"{name} holds {bad}; expected 0 to {size - 1} ({limit}={size})"
+        )
