@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bertnb.attention import (
+        AttentionTable,
+        attention_table,
         check_attention_inputs,
         fast_attention,
         scaled_dot_product_attention,
@@ -122,6 +124,7 @@ __version__ = "0.1.0"
 _HOME = {
     "ABBREVIATIONS": "data",
     "ACTIVATIONS": "layers",
+    "AttentionTable": "attention",
     "Batch": "data",
     "BertConfig": "configuration",
     "BertEmbeddings": "embeddings",
@@ -166,6 +169,7 @@ _HOME = {
     "WordPieceTokenizer": "tokenization",
     "adamw": "optimization",
     "answer_key": "exercises",
+    "attention_table": "attention",
     "check": "exercises",
     "check_attention_inputs": "attention",
     "check_ids": "positions",
@@ -210,6 +214,7 @@ _HOME = {
 __all__ = [
     "ABBREVIATIONS",
     "ACTIVATIONS",
+    "AttentionTable",
     "Batch",
     "BertConfig",
     "BertEmbeddings",
@@ -254,6 +259,7 @@ __all__ = [
     "WordPieceTokenizer",
     "adamw",
     "answer_key",
+    "attention_table",
     "check",
     "check_attention_inputs",
     "check_ids",

@@ -3,6 +3,11 @@
 Written by tools/extract.py from notebooks/01_attention.md: edit that notebook, not this file.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +16,8 @@ __all__ = [
     "scaled_dot_product_attention",
     "check_attention_inputs",
     "fast_attention",
+    "AttentionTable",
+    "attention_table",
 ]
 
 
@@ -92,3 +99,91 @@ def fast_attention(
     return context.masked_fill(
         ~mask.any(dim=-1, keepdim=True), 0.0
     )  # the same on every backend
+
+
+# %% The weights as a table
+@dataclass(frozen=True, repr=False)
+class AttentionTable:
+    """One row a query, one column a key: shaded in a notebook, plain in print.
+
+    `attention_table` makes it, and checks what goes in.
+    """
+
+    weights: list[list[float]]  # L rows of S
+    queries: list[str]
+    keys: list[str]
+    caption: str
+
+    def __repr__(self) -> str:
+        """Return the weights to three decimals, in aligned columns."""
+        left = max(map(len, self.queries), default=0)
+        widths = [max(5, len(key)) for key in self.keys]
+        head = [f"{key:>{w}}" for key, w in zip(self.keys, widths, strict=True)]
+        lines = ["  ".join([" " * left, *head])]
+        for query, row in zip(self.queries, self.weights, strict=True):
+            cells = [f"{x:>{w}.3f}" for x, w in zip(row, widths, strict=True)]
+            lines.append("  ".join([f"{query:>{left}}", *cells]))
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Return a table without scripts, legible on light and dark ground."""
+        upright = "writing-mode:vertical-rl;transform:rotate(180deg)"
+        plain = "font-weight:400;padding:.3em;text-align:right"
+        head = "".join(
+            f'<th scope="col" style="{plain};vertical-align:bottom">'
+            f'<span style="{upright}">{escape(key)}</span></th>'
+            for key in self.keys
+        )
+        rows = []
+        for query, row in zip(self.queries, self.weights, strict=True):
+            name = f'<th scope="row" style="{plain}">{escape(query)}</th>'
+            cells = [
+                f'<td title="{escape(f"{query} → {key}: {x:.3f}")}" '
+                'style="min-width:2.4em;padding:.4em 0;text-align:center;'
+                f'background:rgba(31,119,180,{0.6 * min(x, 1):.3f})">'
+                f"{format(x, '.2f').removeprefix('0') if x else 0}</td>"
+                for key, x in zip(self.keys, row, strict=True)
+            ]
+            rows.append(f"<tr>{name}{''.join(cells)}</tr>")
+        return (
+            '<div style="overflow-x:auto"><table class="attention" '
+            'style="border-collapse:collapse;font-size:.85em">'
+            '<caption style="caption-side:bottom;text-align:left">'
+            f"{escape(self.caption)}</caption>"
+            f"<thead><tr><td></td>{head}</tr></thead>"
+            f"<tbody>{''.join(rows)}</tbody></table></div>"
+        )
+
+
+def attention_table(
+    weights: Any,
+    queries: Sequence[str],
+    keys: Sequence[str],
+    caption: str = "Attention weights: one row a query, one column a key.",
+) -> AttentionTable:
+    """Return `weights` as a table that a notebook shows with shaded cells.
+
+    Args:
+        weights: (L, S) tensor, array or nested list of numbers >= 0.
+        queries: the L words at the left.
+        keys: the S words at the top.
+        caption: the line below the table, which screen readers read first.
+
+    Raises:
+        ValueError: `weights` has another shape, or a number below 0 or not
+            finite.
+    """
+    values = torch.as_tensor(weights).detach().double()
+    if values.shape != (len(queries), len(keys)):
+        raise ValueError(
+            f"weights has shape {tuple(values.shape)}; expected "
+            f"{(len(queries), len(keys))} for {len(queries)} queries and "
+            f"{len(keys)} keys (of a batch, pick one map: weights[0, 0])"
+        )
+    wrong = ~((values >= 0) & values.isfinite())
+    if wrong.any():
+        raise ValueError(
+            f"weights holds {values[wrong][0].item():.3g}; expected finite "
+            "numbers >= 0: give the weights, not the scores"
+        )
+    return AttentionTable(values.tolist(), list(queries), list(keys), caption)
