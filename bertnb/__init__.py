@@ -110,6 +110,7 @@ if TYPE_CHECKING:
         prepare,
         pretrain,
         resume,
+        run_facts,
         save_run,
     )
     from bertnb.tokenization import (
@@ -200,6 +201,7 @@ _HOME = {
     "pretrain": "pretraining",
     "read_json": "configuration",
     "resume": "pretraining",
+    "run_facts": "pretraining",
     "sample_pairs": "next_sentence",
     "save_run": "pretraining",
     "scaled_dot_product_attention": "attention",
@@ -290,6 +292,7 @@ __all__ = [
     "pretrain",
     "read_json",
     "resume",
+    "run_facts",
     "sample_pairs",
     "save_run",
     "scaled_dot_product_attention",

@@ -71,7 +71,7 @@ def sample_pairs(
     for i, (number, first, second) in enumerate(neighbours):
         label = NOT_NEXT if i < half else IS_NEXT
         if label == NOT_NEXT:
-            second = _stranger(documents, number, max_tokens - 1, rng)
+            second = _stranger(documents, number, max_tokens - len(first), rng)
         pairs.append(
             Pair(*truncate_pair(first, second, max_tokens, rng), label)
         )
@@ -97,17 +97,21 @@ def _neighbours(
 def _stranger(
     documents: Sequence[Sequence[Sentence]],
     own: int,
-    max_tokens: int,
+    wanted: int,
     rng: random.Random,
 ) -> Sentence:
-    """Return sentences from a random place of a random other document."""
+    """Return sentences from a random place of a random other document.
+
+    They fill the row as a true second segment does: a length that differed
+    between the classes would give the label away.
+    """
     other = rng.randrange(len(documents) - 1)
     document = documents[other + (other >= own)]
     start = rng.randrange(len(document))
     segment: Sentence = []
     for sentence in document[start:]:
         segment = segment + sentence
-        if len(segment) >= max_tokens // 2:
+        if len(segment) >= wanted:
             break
     return segment
 

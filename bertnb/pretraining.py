@@ -5,6 +5,8 @@ Written by tools/extract.py from notebooks/12_pretraining.md: edit that notebook
 
 import json
 import platform
+import re
+import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+import bertnb
 from bertnb.configuration import BertConfig, BertnbError
 from bertnb.data import (
     PretrainingData,
@@ -51,6 +54,7 @@ __all__ = [
     "pretrain",
     "prepare",
     "save_run",
+    "run_facts",
     "resume",
 ]
 
@@ -349,17 +353,46 @@ def save_run(
     }
     torch.save(state, folder / "state.pt.tmp")
     (folder / "state.pt.tmp").replace(folder / "state.pt")
-    head = {
-        "config": asdict(config),
-        "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-    lines = [json.dumps(line) for line in (head, *records)]
+    lines = [json.dumps(line) for line in (run_facts(config), *records)]
     (folder / "log.jsonl.tmp").write_text(
         "\n".join(lines) + "\n", encoding="utf-8"
     )
     (folder / "log.jsonl.tmp").replace(folder / "log.jsonl")
+
+
+def run_facts(config: PretrainConfig) -> dict[str, Any]:
+    """Return the first line of a record: configuration, hardware, versions and commit."""
+    cpu = re.search(r"model name\s*: (.+)", _read("/proc/cpuinfo"))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    package = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+    ]
+    commit = subprocess.run(
+        package, capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "config": asdict(config),
+        "hardware": {
+            "cpu": cpu[1] if cpu else platform.machine(),
+            "gpu": gpu,
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "bertnb": bertnb.__version__,
+        },
+        "commit": commit or None,
+    }
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text() if Path(path).exists() else ""
 
 
 def resume(
