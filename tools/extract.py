@@ -1,103 +1,139 @@
-"""Write bertnb/*.py from the notebook cells tagged `export`; with --check only compare, and fail on a difference."""
+"""Write the package bertnb/ from the notebook cells tagged `export`.
+
+python tools/extract.py            # write bertnb/*.py
+python tools/extract.py --check    # only compare; fail on a difference
+"""
 
 from __future__ import annotations
 
+import argparse
 import ast
 import difflib
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jupytext
+from manifest import ROOT, project, sources
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "bertnb"
+RUFF = [sys.executable, "-m", "ruff"]
+DEFINITION = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
-class Refused(Exception):
-    """The notebooks cannot become a package; the message names the cell."""
+class RefusedError(Exception):
+    """The notebooks cannot become a package; the message says which cell."""
 
 
-def split_imports(source: str) -> tuple[list[str], str]:
-    """Return the import statements at the top level of `source`, and the rest."""
+class Module(NamedTuple):
+    """What one notebook gives to the package."""
+
+    name: str
+    source: str
+    public: list[str]
+
+
+def parse(source: str, where: str) -> list[ast.stmt]:
+    """Return the statements of a cell."""
+    try:
+        return ast.parse(source).body
+    except SyntaxError as error:
+        raise RefusedError(f"{where}: {error}") from error
+
+
+def split_imports(source: str, where: str) -> tuple[list[str], str]:
+    """Return the import statements at the top level, and the rest."""
     lines = source.splitlines()
     imports: list[str] = []
     hoisted: set[int] = set()
-    for node in ast.parse(source).body:
+    for node in parse(source, where):
         if isinstance(node, ast.Import | ast.ImportFrom):
             span = range(node.lineno - 1, node.end_lineno or node.lineno)
             imports.append("\n".join(lines[i] for i in span))
             hoisted.update(span)
-    return imports, "\n".join(x for i, x in enumerate(lines) if i not in hoisted).strip("\n")
+    rest = [line for i, line in enumerate(lines) if i not in hoisted]
+    return imports, "\n".join(rest).strip("\n")
 
 
-def public_names(source: str, where: str) -> list[str]:
-    """Return the public names that `source` defines; refuse a function or class without a docstring."""
+def defined_names(source: str, where: str) -> list[str]:
+    """Return the names that a cell defines; refuse an undocumented export."""
     names: list[str] = []
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+    for node in parse(source, where):
+        if isinstance(node, DEFINITION):
             if not node.name.startswith("_") and not ast.get_docstring(node):
-                raise Refused(f"{where}: {node.name} has no docstring")
+                raise RefusedError(f"{where}: {node.name} has no docstring")
             names.append(node.name)
         elif isinstance(node, ast.Assign):
-            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            names.append(node.target.id)
-    return [name for name in names if not name.startswith("_")]
+            for target in node.targets:
+                parts = getattr(target, "elts", [target])  # of a tuple
+                names += [t.id for t in parts if isinstance(t, ast.Name)]
+        elif isinstance(node, ast.AnnAssign):
+            names.append(ast.unparse(node.target))
+    return names
 
 
 def tidy(text: str, filename: str) -> str:
-    """Sort the imports and format, as ruff is configured for the package."""
-    for command in (["check", "--select", "I,F401", "--fix-only", "-q"], ["format", "-q"]):
-        ruff = [sys.executable, "-m", "ruff", *command, "--stdin-filename", f"bertnb/{filename}", "-"]
-        done = subprocess.run(ruff, input=text, capture_output=True, text=True, cwd=ROOT)
+    """Sort the imports, drop unused ones, and format."""
+    sort = ["check", "--select", "I,F401", "--fix-only", "-q"]
+    for command in (sort, ["format", "-q"]):
+        done = subprocess.run(
+            [*RUFF, *command, "--stdin-filename", f"bertnb/{filename}", "-"],
+            input=text,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
         if done.returncode:
-            raise Refused(f"{filename}: ruff says {done.stderr.strip()}")
+            raise RefusedError(f"{filename}: {done.stderr.strip()}")
         text = done.stdout
     return text
 
 
-def module(path: Path) -> tuple[str, str, list[str]]:
-    """Return the name, the source and the public names of the module that the notebook at `path` holds."""
+def module(path: Path) -> Module | None:
+    """Return the module of a notebook, or None if it exports nothing."""
     notebook = jupytext.read(path)
-    name = notebook.metadata["bertnb"]["module"]
-    where = f"notebooks/{path.name}"
+    name = notebook.metadata.get("bertnb", {}).get("module")
     title, heading = "", ""
     imports: list[str] = []
     body: list[str] = []
     names: list[str] = []
     for number, cell in enumerate(notebook.cells):
+        where = f"notebooks/{path.name}, cell {number}"
         if cell.cell_type == "markdown":
             for match in re.finditer(r"^#+ (.+)$", cell.source, re.M):
                 title, heading = title or match[1], match[1]
         elif "export" in cell.metadata.get("tags", []):
-            new, code = split_imports(cell.source)
+            if name is None:
+                raise RefusedError(f"{where}: the header names no module")
+            new, code = split_imports(cell.source, where)
             imports += new
             if not code:
                 continue
             body.append(f"# %% {heading}\n{code}" if heading else code)
             heading = ""
-            for exported in public_names(code, f"{where} cell {number}"):
-                if exported in names:
-                    raise Refused(f"{where} cell {number}: {exported} is exported twice")
-                names.append(exported)
-    docstring = f'"""{title}.\n\nWritten by tools/extract.py from {where}: edit that notebook, not this file.\n"""'
-    parts = [docstring, "\n".join(imports), f"__all__ = {names!r}", *body]
-    return name, tidy("\n\n\n".join(parts) + "\n", f"{name}.py"), names
+            for defined in defined_names(code, where):
+                if defined in names:
+                    raise RefusedError(f"{where}: {defined} is defined twice")
+                names.append(defined)
+    if name is None:
+        return None
+    public = [name for name in names if not name.startswith("_")]
+    docstring = (
+        f'"""{title}.\n\n'
+        f"Written by tools/extract.py from notebooks/{path.name}: "
+        'edit that notebook, not this file.\n"""'
+    )
+    parts = [docstring, "\n".join(imports), f"__all__ = {public!r}", *body]
+    source = tidy("\n\n\n".join(parts) + "\n", f"{name}.py")
+    return Module(name, source, public)
 
 
-def initializer(homes: dict[str, str]) -> str:
-    """Return bertnb/__init__.py: every public name, loaded from its module when it is first asked for."""
-    by_module: dict[str, list[str]] = {}
-    for name, home in homes.items():
-        by_module.setdefault(home, []).append(name)
-    typed = "\n".join(f"    from bertnb.{home} import {', '.join(names)}" for home, names in by_module.items())
-    table = "\n".join(f"    {name!r}: {home!r}," for name, home in sorted(homes.items()))
-    return tidy(
-        f'''"""BERT, derived, proven and fast: the code of the book's notebooks.
+INITIALIZER = '''"""BERT, derived and proven: the code of the book's notebooks.
 
-Written by tools/extract.py. `import bertnb` loads nothing: a name brings in its module when it is first used.
+Written by tools/extract.py. `import bertnb` loads nothing: a name brings in
+its module when it is first used.
 """
 
 from importlib import import_module
@@ -106,12 +142,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
 {typed}
 
-__version__ = "{version()}"
+__version__ = "{version}"
 
 _HOME = {{
-{table}
+{homes}
 }}
-__all__ = [{", ".join(repr(name) for name in sorted(homes))}]
+__all__ = {public}
 
 
 def __getattr__(name: str) -> Any:
@@ -124,59 +160,93 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME, *_HOME.values()])
-''',
+'''
+
+
+def initializer(modules: list[Module]) -> str:
+    """Return __init__.py: every public name, loaded when first asked for."""
+    homes = {name: m.name for m in modules for name in m.public}
+    return tidy(
+        INITIALIZER.format(
+            typed="\n".join(
+                f"    from bertnb.{m.name} import {', '.join(m.public)}"
+                for m in modules
+                if m.public
+            ),
+            version=project()["version"],
+            homes="\n".join(
+                f"    {name!r}: {home!r},"
+                for name, home in sorted(homes.items())
+            ),
+            public=repr(sorted(homes)),
+        ),
         "__init__.py",
     )
 
 
-def version() -> str:
-    """Return the version that pyproject.toml states."""
-    found = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
-    if not found:
-        raise Refused("pyproject.toml states no version")
-    return found[1]
-
-
 def package() -> dict[Path, str]:
-    """Return the files of the package and their content; refuse a name that two notebooks export."""
-    files: dict[Path, str] = {}
+    """Return the package's files and their content."""
+    modules: list[Module] = []
     homes: dict[str, str] = {}
-    for path in sorted(ROOT.glob("notebooks/[0-9]*.md")):
-        if "module" not in jupytext.read(path).metadata.get("bertnb", {}):
+    for path in sources():
+        made = module(path)
+        if made is None:
             continue
-        name, source, names = module(path)
-        for exported in names:
-            if exported in homes:
-                raise Refused(f"notebooks/{path.name}: {exported} is already exported by {homes[exported]}")
-            homes[exported] = name
-        files[PACKAGE / f"{name}.py"] = source
-    files[PACKAGE / "__init__.py"] = initializer(homes)
-    return files
+        where = f"notebooks/{path.name}"
+        if made.name in homes.values():
+            raise RefusedError(
+                f"{where}: another notebook makes {made.name}.py"
+            )
+        for name in made.public:
+            if name in homes:
+                raise RefusedError(f"{where}: {homes[name]} exports {name} too")
+            homes[name] = made.name
+        modules.append(made)
+    files = {PACKAGE / f"{m.name}.py": m.source for m in modules}
+    return files | {PACKAGE / "__init__.py": initializer(modules)}
+
+
+def complain(message: str) -> None:
+    """Print a message to standard error."""
+    print(f"extract: {message}", file=sys.stderr)
 
 
 def main() -> int:
     """Write or check the package; return the exit status."""
-    check = "--check" in sys.argv[1:]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="only compare")
+    check = parser.parse_args().check
     try:
         files = package()
-    except Refused as why:
-        print(f"extract: {why}", file=sys.stderr)
+    except RefusedError as why:
+        complain(str(why))
         return 1
-    orphans = [path for path in PACKAGE.glob("*.py") if path not in files]
+    orphans = sorted(set(PACKAGE.glob("*.py")) - set(files))
     for path in orphans:
-        print(f"extract: {path.relative_to(ROOT)} has no notebook (any more): delete it", file=sys.stderr)
-    stale = {p: text for p, text in files.items() if not p.exists() or p.read_text(encoding="utf-8") != text}
-    for path, text in stale.items():
+        complain(
+            f"{path.relative_to(ROOT)} has no notebook any more: delete it"
+        )
+    stale = False
+    for path, new in files.items():
+        old = path.read_text(encoding="utf-8") if path.exists() else ""
+        if old == new:
+            continue
+        name = str(path.relative_to(ROOT))
         if check:
-            old = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
-            sys.stdout.writelines(difflib.unified_diff(old, text.splitlines(True), str(path), "its notebook"))
+            stale = True
+            diff = difflib.unified_diff(
+                old.splitlines(True), new.splitlines(True), name, "its notebook"
+            )
+            sys.stdout.writelines(diff)
         else:
             path.parent.mkdir(exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-            print(f"wrote {path.relative_to(ROOT)}")
-    if check and stale:
-        print("extract: the package is not what the notebooks say: run `make package`", file=sys.stderr)
-    return 1 if orphans or (check and stale) else 0
+            path.write_text(new, encoding="utf-8")
+            print(f"wrote {name}")
+    if stale:
+        complain("the package is not what the notebooks say: `make package`")
+    return 1 if orphans or stale else 0
 
 
 if __name__ == "__main__":

