@@ -13,26 +13,36 @@ __all__ = ["split_heads", "merge_heads", "MultiHeadAttention"]
 
 # %% The code
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """Cut the last dimension into heads: (B, L, H) -> (B, A, L, d), with d = H / A."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    """Cut the last dimension into heads: (..., L, H) -> (..., A, L, d).
+
+    Raises:
+        ValueError: `num_heads` does not divide H.
+    """
+    if num_heads < 1 or x.shape[-1] % num_heads:
+        raise ValueError(
+            f"num_heads={num_heads} does not divide the {x.shape[-1]} features "
+            "of x: each head gets an equal share"
+        )
+    return x.unflatten(-1, (num_heads, -1)).transpose(-3, -2)  # (2.5)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """Concatenate the heads again: (B, A, L, d) -> (B, L, H)."""
-    return x.transpose(1, 2).flatten(-2)
+    """Put the heads side by side again: (..., A, L, d) -> (..., L, H)."""
+    return x.transpose(-3, -2).flatten(-2)
 
 
 class MultiHeadAttention(nn.Module):
-    """Self-attention in A heads, (2.1): project, split, attend, concatenate, project."""
+    """Self-attention in A heads, (2.1): project, split, attend, merge, project."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
+        size = config.hidden_size
         self.num_heads = config.num_attention_heads
         self.dropout_p = config.attention_probs_dropout_prob
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size)  # W^O
+        self.query = nn.Linear(size, size)  # W_1^Q ... W_A^Q in one, (2.5)
+        self.key = nn.Linear(size, size)
+        self.value = nn.Linear(size, size)
+        self.output = nn.Linear(size, size)  # W^O
 
     def forward(
         self,
@@ -40,14 +50,28 @@ class MultiHeadAttention(nn.Module):
         mask: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the mixed states (B, L, H) and, on request, the weights (B, A, L, L).
+        """Return the mixed states (B, L, H) and, on request, the weights.
 
-        `mask` is bool and broadcastable to (B, A, L, L); True = may attend.
+        Args:
+            hidden_states: (B, L, H).
+            mask: bool, broadcastable to (B, A, L, L); True = may attend.
+            output_attentions: also return the weights (B, A, L, L).
+
+        Raises:
+            ValueError: the last size of `hidden_states` is not H.
+            TypeError: `mask` is not bool.
         """
+        size = self.query.in_features
+        if hidden_states.shape[-1] != size:
+            raise ValueError(
+                f"hidden_states has {hidden_states.shape[-1]} features; "
+                f"expected hidden_size={size} in the last dimension"
+            )
+        projections = (self.query, self.key, self.value)
         q, k, v = (
-            split_heads(f(hidden_states), self.num_heads)
-            for f in (self.query, self.key, self.value)
-        )
+            split_heads(project(hidden_states), self.num_heads)
+            for project in projections
+        )  # (B, A, L, d) each, (2.2)
         dropout_p = self.dropout_p if self.training else 0.0
         weights = None
         if output_attentions:
@@ -55,5 +79,5 @@ class MultiHeadAttention(nn.Module):
                 q, k, v, mask, dropout_p
             )
         else:
-            context = fast_attention(q, k, v, mask, dropout_p)  # (B, A, L, d)
-        return self.output(merge_heads(context)), weights
+            context = fast_attention(q, k, v, mask, dropout_p)
+        return self.output(merge_heads(context)), weights  # (2.1)
