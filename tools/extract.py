@@ -184,6 +184,20 @@ def initializer(modules: list[Module]) -> str:
     )
 
 
+def imported(source: str) -> set[str]:
+    """Return the package's modules that a module imports."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            found.add("." * node.level + (node.module or ""))
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Attribute):  # import bertnb; bertnb.name
+            found.add(ast.unparse(node))
+    harmless = {"bertnb", "bertnb.__version__"}
+    return {n for n in found if re.match(r"\.|bertnb\b", n)} - harmless
+
+
 def package() -> dict[Path, str]:
     """Return the package's files and their content."""
     modules: list[Module] = []
@@ -201,6 +215,12 @@ def package() -> dict[Path, str]:
             if name in homes:
                 raise RefusedError(f"{where}: {homes[name]} exports {name} too")
             homes[name] = made.name
+        earlier = {f"bertnb.{m.name}" for m in modules}
+        for name in sorted(imported(made.source) - earlier):
+            raise RefusedError(
+                f"{where}: imports {name}; a chapter's code imports only from "
+                "modules of earlier chapters, each by its name"
+            )
         modules.append(made)
     files = {PACKAGE / f"{m.name}.py": m.source for m in modules}
     return files | {PACKAGE / "__init__.py": initializer(modules)}

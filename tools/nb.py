@@ -33,6 +33,7 @@ QUIET = {
     "OMP_NUM_THREADS": "1",  # the same sums in the same order
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",
+    "PYTHONWARNINGS": "ignore:IProgress not found",  # no ipywidgets, no harm
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
