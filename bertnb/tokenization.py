@@ -5,25 +5,39 @@ Written by tools/extract.py from notebooks/07_wordpiece.md: edit that notebook, 
 
 import json
 from collections.abc import Iterable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import (
+    Encoding,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from tokenizers.models import WordPiece
 from tokenizers.trainers import WordPieceTrainer
 
 from bertnb.configuration import BertnbError, locate, read_json
 
 __all__ = [
-    "wordpiece",
     "MAX_WORD_CHARACTERS",
+    "wordpiece",
+    "Token",
     "SPECIAL_TOKENS",
     "WordPieceTokenizer",
+    "check_texts",
+    "read_vocabulary",
 ]
 
 
-# %% The rule
+# %% The rule: the longest piece, from the left
+MAX_WORD_CHARACTERS = 100
+
+
 def wordpiece(word: str, vocabulary: set[str] | dict[str, int]) -> list[str]:
     """Cut a word into the longest pieces of the vocabulary, from the left, (7.1).
 
@@ -35,7 +49,7 @@ def wordpiece(word: str, vocabulary: set[str] | dict[str, int]) -> list[str]:
     pieces, start = [], 0
     while start < len(word):
         prefix = "##" if start else ""
-        for end in range(len(word), start, -1):
+        for end in range(len(word), start, -1):  # the longest first
             if prefix + word[start:end] in vocabulary:
                 break
         else:
@@ -45,11 +59,11 @@ def wordpiece(word: str, vocabulary: set[str] | dict[str, int]) -> list[str]:
     return pieces
 
 
-MAX_WORD_CHARACTERS = 100
+# %% The tokenizer
+Token = tuple[int, int, int, tuple[int, int]]  # id, segment, mask, offsets
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-# %% The tokenizer
 class WordPieceTokenizer:
     """BERT's tokenizer on the Rust library `tokenizers`, with a vocabulary of our own or of a checkpoint.
 
@@ -68,7 +82,7 @@ class WordPieceTokenizer:
         lowercase: bool = True,
         strip_accents: bool | None = None,
     ) -> None:
-        absent = [token for token in SPECIAL_TOKENS if token not in vocabulary]
+        absent = [t for t in SPECIAL_TOKENS if t not in vocabulary]
         if absent:
             raise ValueError(f"vocabulary lacks {', '.join(absent)}")
         if sorted(vocabulary.values()) != list(range(len(vocabulary))):
@@ -78,18 +92,14 @@ class WordPieceTokenizer:
         self.vocabulary = dict(vocabulary)
         self.lowercase, self.strip_accents = lowercase, strip_accents
         self.vocab_size = len(vocabulary)
-        (
-            self.pad_token_id,
-            self.unk_token_id,
-            self.cls_token_id,
-            self.sep_token_id,
-            self.mask_token_id,
-        ) = (vocabulary[token] for token in SPECIAL_TOKENS)
-        self._plain = self._build()
-        self._special = self._build()
-        self._special.add_special_tokens(
-            list(SPECIAL_TOKENS)
-        )  # these read "[MASK]" in a text as the token
+        self.pad_token_id = vocabulary["[PAD]"]
+        self.unk_token_id = vocabulary["[UNK]"]
+        self.cls_token_id = vocabulary["[CLS]"]
+        self.sep_token_id = vocabulary["[SEP]"]
+        self.mask_token_id = vocabulary["[MASK]"]
+        self._plain, self._special = self._build(), self._build()
+        # this one reads "[MASK]" in a text as the token, and is the one saved
+        self._special.add_special_tokens(list(SPECIAL_TOKENS))
 
     def _build(self) -> Tokenizer:
         model = WordPiece(
@@ -103,6 +113,10 @@ class WordPieceTokenizer:
         )
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
+        # the frame, for other readers of tokenizer.json; ours is in `_row`
+        tokenizer.post_processor = processors.BertProcessing(
+            ("[SEP]", self.sep_token_id), ("[CLS]", self.cls_token_id)
+        )
         return tokenizer
 
     @classmethod
@@ -113,220 +127,287 @@ class WordPieceTokenizer:
         lowercase: bool = True,
         strip_accents: bool | None = None,
     ) -> "WordPieceTokenizer":
-        """Learn a vocabulary of at most `vocab_size` pieces from texts (read twice, so kept in memory).
+        """Learn a vocabulary of at most `vocab_size` pieces by (7.2) from texts (read twice, so kept in memory).
 
         The special tokens get the ids 0 to 4. The same texts give the same vocabulary.
+
+        Raises:
+            TypeError: `texts` is one text, or holds something else.
+            ValueError: `vocab_size` has no room for the special tokens and letters.
         """
-        texts = list(texts)
+        if isinstance(texts, str):
+            raise TypeError("texts is a single text; expected several: [text]")
+        texts = check_texts(texts, "texts")
 
-        def learn(first: list[str]) -> dict[str, int]:
-            blank = cls(
-                {token: i for i, token in enumerate(SPECIAL_TOKENS)},
-                lowercase,
-                strip_accents,
-            )
+        def learn(size: int, first: list[str]) -> dict[str, int]:
+            start = {token: i for i, token in enumerate(SPECIAL_TOKENS)}
+            tokenizer = cls(start, lowercase, strip_accents)._plain
             trainer = WordPieceTrainer(
-                vocab_size=vocab_size, special_tokens=first, show_progress=False
+                vocab_size=size, special_tokens=first, show_progress=False
             )
-            blank._plain.train_from_iterator(texts, trainer)
-            return blank._plain.get_vocab()
+            tokenizer.train_from_iterator(texts, trainer)
+            return tokenizer.get_vocab()
 
-        # the library numbers "##a", "##b", ... in the order of a hash table, and breaks ties between merges by these
-        # numbers (huggingface/tokenizers#1794): a first pass finds them, a second gets them in a fixed order
-        letters = sorted(
-            piece
-            for piece in learn(list(SPECIAL_TOKENS))
-            if len(piece) == 3 and piece.startswith("##")
-        )
-        return cls(learn([*SPECIAL_TOKENS, *letters]), lowercase, strip_accents)
+        letters = learn(0, list(SPECIAL_TOKENS))  # no merges
+        if vocab_size < len(letters):
+            raise ValueError(
+                f"vocab_size={vocab_size}: the special tokens and letters of these texts are {len(letters)} already"
+            )
+        inner = sorted(p for p in letters if len(p) == 3 and p[:2] == "##")
+        vocabulary = learn(vocab_size, [*SPECIAL_TOKENS, *inner])
+        return cls(vocabulary, lowercase, strip_accents)
 
     @classmethod
     def from_pretrained(
         cls, path_or_hub_id: str | Path, lowercase: bool | None = None
     ) -> "WordPieceTokenizer":
-        """Read `vocab.txt` (or `tokenizer.json`) of a folder or of the hub.
+        """Read `vocab.txt`, or else `tokenizer.json`, of a folder or of the hub.
 
         Args:
-            lowercase: None: as `tokenizer_config.json` says, else True.
+            lowercase: None: as `tokenizer_config.json` or `tokenizer.json` says, else True.
 
         Raises:
-            FileNotFoundError: the folder holds neither file.
-            BertnbError: a file is damaged or holds another kind of tokenizer.
+            FileNotFoundError: there is neither file.
+            BertnbError: a file is damaged, holds another kind of tokenizer, or a setting that is not supported.
         """
         try:
-            settings = read_json(
-                locate(path_or_hub_id, "tokenizer_config.json")
-            )
-        except FileNotFoundError:
-            settings = {}
-        try:
-            lines = (
-                locate(path_or_hub_id, "vocab.txt")
-                .read_text(encoding="utf-8")
-                .splitlines()
-            )
-            vocabulary = {line.strip(): i for i, line in enumerate(lines)}
-            if len(vocabulary) != len(lines):
-                raise BertnbError(
-                    f"{path_or_hub_id}: vocab.txt names a piece twice"
-                )
-        except FileNotFoundError:
-            model = read_json(locate(path_or_hub_id, "tokenizer.json")).get(
-                "model", {}
-            )
-            if model.get("type") != "WordPiece":
-                raise BertnbError(
-                    f"{path_or_hub_id}: tokenizer.json is of type {model.get('type')!r}; expected WordPiece"
-                ) from None
-            vocabulary = model["vocab"]
-        if lowercase is None:
-            lowercase = settings.get("do_lower_case", True)
-        return cls(vocabulary, lowercase, settings.get("strip_accents"))
+            vocabulary, settings = read_vocabulary(path_or_hub_id)
+            if lowercase is None:
+                lowercase = settings["do_lower_case"]
+            return cls(vocabulary, lowercase, settings["strip_accents"])
+        except ValueError as error:
+            raise BertnbError(f"{path_or_hub_id}: {error}") from error
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `vocab.txt`, `tokenizer_config.json` and `tokenizer.json`; `transformers` reads them."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         pieces = sorted(self.vocabulary, key=self.vocabulary.__getitem__)
-        (folder / "vocab.txt").write_text(
-            "\n".join(pieces) + "\n", encoding="utf-8"
-        )
         settings = {
             "tokenizer_class": "BertTokenizer",
             "do_lower_case": self.lowercase,
             "strip_accents": self.strip_accents,
             "tokenize_chinese_chars": True,
             "model_max_length": 512,
-            **{
-                f"{token.strip('[]').lower()}_token": token
-                for token in SPECIAL_TOKENS
-            },
+            **{f"{t.strip('[]').lower()}_token": t for t in SPECIAL_TOKENS},
         }
-        (folder / "tokenizer_config.json").write_text(
-            json.dumps(settings, indent=2) + "\n", encoding="utf-8"
-        )
-        self._special.save(str(folder / "tokenizer.json"))
+        files = {
+            "vocab.txt": "\n".join(pieces),
+            "tokenizer_config.json": json.dumps(settings, indent=2),
+            "tokenizer.json": self._special.to_str(pretty=True),
+        }
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():  # whole or not at all
+            unfinished = folder / f"{name}.tmp"
+            unfinished.write_text(text + "\n", encoding="utf-8")
+            unfinished.replace(folder / name)
 
     def tokenize(self, text: str, allow_special: bool = False) -> list[str]:
         """Return the pieces of a text, without [CLS] and [SEP]."""
-        return (
-            self._backend(allow_special)
-            .encode(text, add_special_tokens=False)
-            .tokens
-        )
+        return self._encode([text], "text", allow_special, True)[0].tokens
 
     def ids(
-        self, texts: list[str], allow_special: bool = False
+        self, texts: Iterable[str], allow_special: bool = False
     ) -> list[list[int]]:
         """Return the ids of each text, without [CLS] and [SEP]: the fast path for a corpus."""
-        return [
-            e.ids
-            for e in self._backend(allow_special).encode_batch_fast(
-                texts, add_special_tokens=False
-            )
-        ]
+        return [e.ids for e in self._encode(texts, "texts", allow_special)]
 
     def decode(
         self, ids: Iterable[int], skip_special_tokens: bool = True
     ) -> str:
-        """Return readable text for ids; pieces are joined, special tokens left out unless asked for."""
+        """Return readable text for ids; pieces are joined, special tokens left out unless asked for.
+
+        Raises:
+            ValueError: an id lies outside the vocabulary.
+        """
+        ids = [int(i) for i in ids]
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(
+                    f"ids holds {i}; expected 0 to {self.vocab_size - 1}"
+                )
         return self._special.decode(
-            [int(i) for i in ids], skip_special_tokens=skip_special_tokens
+            ids, skip_special_tokens=skip_special_tokens
         )
 
     def __call__(
         self,
-        texts: str | list[str],
-        text_pairs: str | list[str] | None = None,
+        texts: str | Iterable[str],
+        text_pairs: str | Iterable[str] | None = None,
         max_length: int | None = None,
         truncation: bool = True,
         padding: bool = True,
         return_tensors: str | None = "pt",
         allow_special: bool = False,
+        return_offsets: bool = False,
     ) -> dict[str, Any]:
-        """Encode texts or pairs as [CLS] A [SEP] or [CLS] A [SEP] B [SEP].
+        """Encode texts, or pairs of texts, as rows of (7.3).
 
         Args:
             max_length: the longest row, special tokens included; None: no limit. Longer rows lose tokens from the end
                 of their longer text if `truncation`, else they are an error.
             padding: fill rows with [PAD] to the longest of the batch.
-            return_tensors: "pt" for int64 tensors (needs `padding` unless the rows are equally long), None for lists.
+            return_tensors: "pt" for int64 tensors, None for lists.
             allow_special: read "[MASK]" and the like in the text as the tokens; else they are ordinary characters.
+            return_offsets: also return `offset_mapping`, (B, L, 2): where each token begins and ends in its text,
+                (0, 0) for special tokens and padding.
 
         Returns:
             `input_ids`, `token_type_ids` (0 for A and its frame, 1 for B), `attention_mask`; each (B, L).
 
         Raises:
-            ValueError: the numbers of texts differ, or a row is longer than `max_length` without `truncation`.
+            TypeError: something is not a text.
+            ValueError: there is no text, or one that UTF-8 cannot write; the numbers of texts differ; `padding` is no
+                bool; `max_length` is too small for the frame, or for a row that may not be cut; rows of unequal length
+                shall be a tensor.
         """
-        firsts = [texts] if isinstance(texts, str) else list(texts)
-        seconds = [text_pairs] if isinstance(text_pairs, str) else text_pairs
-        if seconds is not None and len(seconds) != len(firsts):
-            raise ValueError(
-                f"text_pairs has {len(seconds)} texts and texts {len(firsts)}: expected as many"
+        firsts = self._encode(texts, "texts", allow_special, return_offsets)
+        seconds: list[Encoding] = []
+        if text_pairs is not None:
+            seconds = self._encode(
+                text_pairs, "text_pairs", allow_special, return_offsets
             )
-        a = self.ids(firsts, allow_special)
-        b = (
-            [[] for _ in a]
-            if seconds is None
-            else self.ids(list(seconds), allow_special)
-        )
-        rows: dict[str, list[list[int]]] = {
-            "input_ids": [],
-            "token_type_ids": [],
-            "attention_mask": [],
+            if len(seconds) != len(firsts):
+                raise ValueError(
+                    f"text_pairs has {len(seconds)} texts; expected {len(firsts)} like texts"
+                )
+        if not firsts:
+            raise ValueError("texts is empty; expected one text or more")
+        if padding not in (True, False):
+            raise ValueError(
+                f"padding={padding!r}; expected True (to the longest row) or False"
+            )
+        rows = [
+            self._row(first, second, max_length, truncation)
+            for first, second in zip_longest(firsts, seconds)
+        ]
+        width = max(map(len, rows)) if padding else 0
+        filler: Token = (self.pad_token_id, 0, 0, (0, 0))
+        rows = [row + [filler] * (width - len(row)) for row in rows]
+        names = ["input_ids", "token_type_ids", "attention_mask"]
+        names += ["offset_mapping"] * return_offsets
+        columns = {
+            name: [[token[i] for token in row] for row in rows]
+            for i, name in enumerate(names)
         }
-        for first, second in zip(a, b):
-            second_frame = [] if seconds is None else [self.sep_token_id]
-            room = (
-                None
-                if max_length is None
-                else max_length - 2 - len(second_frame)
-            )
-            first, second = _fit(first, second, room, truncation)
-            head = [self.cls_token_id, *first, self.sep_token_id]
-            tail = [*second, *second_frame]
-            rows["input_ids"].append(head + tail)
-            rows["token_type_ids"].append([0] * len(head) + [1] * len(tail))
-            rows["attention_mask"].append([1] * (len(head) + len(tail)))
-        if padding:
-            width = max(map(len, rows["input_ids"]), default=0)
-            for key, fill in (
-                ("input_ids", self.pad_token_id),
-                ("token_type_ids", 0),
-                ("attention_mask", 0),
-            ):
-                rows[key] = [
-                    row + [fill] * (width - len(row)) for row in rows[key]
-                ]
         if return_tensors is None:
-            return dict(rows)
-        if return_tensors != "pt":
+            return columns
+        if return_tensors != "pt" or len(set(map(len, rows))) > 1:
             raise ValueError(
-                f'return_tensors={return_tensors!r}: expected "pt" or None'
+                f"return_tensors={return_tensors!r} with padding={padding!r}: "
+                "expected None for lists, or 'pt' and rows of equal length"
             )
-        return {key: torch.tensor(value) for key, value in rows.items()}
+        return {name: torch.tensor(column) for name, column in columns.items()}
 
-    def _backend(self, allow_special: bool) -> Tokenizer:
-        return self._special if allow_special else self._plain
+    def _encode(
+        self,
+        texts: str | Iterable[str],
+        name: str,
+        allow_special: bool,
+        details: bool = False,
+    ) -> list[Encoding]:
+        backend = self._special if allow_special else self._plain
+        encode = backend.encode_batch if details else backend.encode_batch_fast
+        return encode(check_texts(texts, name), add_special_tokens=False)
+
+    def _row(
+        self,
+        first: Encoding,
+        second: Encoding | None,
+        max_length: int | None,
+        truncation: bool,
+    ) -> list[Token]:
+        """Frame one text or two, (7.3)."""
+        a, b = len(first), len(second or ())
+        frame = 2 if second is None else 3
+        if max_length is not None and a + b + frame > max_length:
+            if not truncation or max_length < frame:
+                raise ValueError(
+                    f"max_length={max_length}, but a row has {a + b} tokens besides the {frame} of its frame: "
+                    f"raise max_length to {a + b + frame}, or cut with truncation=True and max_length >= {frame}"
+                )
+            a, b = _shares(a, b, max_length - frame)
+        row: list[Token] = [(self.cls_token_id, 0, 1, (0, 0))]
+        for segment, (text, kept) in enumerate(((first, a), (second, b))):
+            if text is not None:
+                tokens = zip(text.ids[:kept], text.offsets[:kept], strict=True)
+                row += [(i, segment, 1, offsets) for i, offsets in tokens]
+                row += [(self.sep_token_id, segment, 1, (0, 0))]
+        return row
 
 
-def _fit(
-    first: list[int], second: list[int], room: int | None, truncation: bool
-) -> tuple[list[int], list[int]]:
-    """Cut the longer text at its end until both fit into `room` tokens."""
-    if room is None or len(first) + len(second) <= room:
-        return first, second
-    if not truncation:
+def _shares(first: int, second: int, room: int) -> tuple[int, int]:
+    """Return how much of two texts to keep: the longer is cut; where both are longer than half the room, both are."""
+    if first > second:
+        return _shares(second, first, room)[::-1]
+    kept = min(first, room // 2)
+    return kept, min(second, room - kept)
+
+
+def check_texts(texts: str | Iterable[str], name: str) -> list[str]:
+    """Return one text or several as a list; raise a readable error for what is not text."""
+    if not isinstance(texts, Iterable):
+        raise TypeError(f"{name}={texts!r}; expected a text or a list of texts")
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(
+                f"{name}[{i}] is of type {type(text).__name__}; expected str"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name}[{i}] has half a surrogate pair at character {error.start}: "
+                "decode its source with errors='replace'"
+            ) from error
+    return texts
+
+
+# %% Reading a vocabulary
+def read_vocabulary(
+    path_or_hub_id: str | Path,
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Return piece -> id of `vocab.txt`, or else of `tokenizer.json`, and the settings of the text's cleaning."""
+    whole = _json_if_there(path_or_hub_id, "tokenizer.json")
+    normalizer = whole.get("normalizer") or {}
+    settings = {
+        "do_lower_case": normalizer.get("lowercase", True),
+        "strip_accents": normalizer.get("strip_accents"),
+        "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
+        **_json_if_there(path_or_hub_id, "tokenizer_config.json"),
+    }
+    if not settings["tokenize_chinese_chars"]:
+        raise ValueError("tokenize_chinese_chars=False is not supported")
+    try:
+        file = locate(path_or_hub_id, "vocab.txt")
+    except FileNotFoundError as error:
+        if not whole:
+            raise FileNotFoundError(
+                f"{path_or_hub_id}: neither vocab.txt nor tokenizer.json could be found ({error})"
+            ) from None
+        model = whole.get("model") or {}
+        if model.get("type") != "WordPiece":
+            raise ValueError(
+                f"tokenizer.json is of type {model.get('type')!r}; expected 'WordPiece'"
+            ) from None
+        added = {t["content"] for t in whole.get("added_tokens") or []}
+        if added - set(model["vocab"]):
+            raise ValueError(
+                f"tokenizer.json adds {sorted(added - set(model['vocab']))[:3]} to its vocabulary: not supported"
+            ) from None
+        return model["vocab"], settings
+    # a piece a line; only a line feed ends a line, for Chinese vocabularies hold U+2028
+    lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    vocabulary = {line.rstrip(): i for i, line in enumerate(lines)}
+    if len(vocabulary) < len(lines):
         raise ValueError(
-            f"a row has {len(first) + len(second)} tokens besides its frame and max_length leaves room for {room}; truncation is off"
+            f"vocab.txt has {len(lines)} lines and only {len(vocabulary)} different pieces"
         )
-    if room < 0:
-        raise ValueError("max_length leaves no room for [CLS] and [SEP]")
-    while len(first) + len(second) > room:
-        first, second = (
-            (first[:-1], second)
-            if len(first) > len(second)
-            else (first, second[:-1])
-        )
-    return first, second
+    return vocabulary, settings
+
+
+def _json_if_there(path_or_hub_id: str | Path, name: str) -> dict[str, Any]:
+    try:
+        return read_json(locate(path_or_hub_id, name))
+    except FileNotFoundError:
+        return {}
