@@ -189,13 +189,15 @@ def imported(source: str) -> set[str]:
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
-            found.add("." * node.level + (node.module or ""))
+            source_of = "." * node.level + (node.module or "")
+            names = [f"bertnb.{alias.name}" for alias in node.names]
+            found |= {*names} if source_of == "bertnb" else {source_of}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.Attribute):  # import bertnb; bertnb.name
             found.add(ast.unparse(node))
-    harmless = {"bertnb", "bertnb.__version__"}
-    return {n for n in found if re.match(r"\.|bertnb\b", n)} - harmless
+    ours = re.compile(r"\.|bertnb\.(?!__)")
+    return {name for name in found if ours.match(name)}
 
 
 def package() -> dict[Path, str]:
