@@ -16,13 +16,21 @@ from bertnb.layers import initialize
 from bertnb.masked_lm import check_targets
 
 __all__ = [
+    "classification_loss",
     "SequenceClassifierOutput",
     "BertForSequenceClassification",
-    "classification_loss",
 ]
 
 
-# %% The model
+# %% The code
+def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the labels, (17.2), or with a single column of logits the mean squared error."""
+    if logits.shape[-1] == 1:
+        return F.mse_loss(logits.squeeze(-1).float(), labels.float())
+    check_targets(labels, "labels", logits.shape[-1])
+    return F.cross_entropy(logits.float(), labels)
+
+
 @dataclass
 class SequenceClassifierOutput:
     """What `BertForSequenceClassification` returns."""
@@ -102,11 +110,3 @@ class BertForSequenceClassification(PretrainedModel):
         return SequenceClassifierOutput(
             loss, logits, encoded.hidden_states, encoded.attentions
         )
-
-
-def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy of the labels, (17.2), or with a single column of logits the mean squared error."""
-    if logits.shape[-1] == 1:
-        return F.mse_loss(logits.squeeze(-1).float(), labels.float())
-    check_targets(labels, "labels", logits.shape[-1])
-    return F.cross_entropy(logits.float(), labels)

