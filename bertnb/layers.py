@@ -16,11 +16,12 @@ from bertnb.configuration import BertConfig
 __all__ = ["layer_norm", "gelu", "ACTIVATIONS", "FeedForward", "initialize"]
 
 
-# %% Layer normalisation
+# %% Layer normalisation in PyTorch
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12
 ) -> Tensor:
-    """Normalise the last dimension to mean 0 and variance 1, then scale and shift, (4.1).
+    """Normalise the last dimension to mean 0 and variance 1, (4.1), then scale
+    and shift it, (4.2).
 
     Args:
         x: (..., H) floats.
@@ -28,15 +29,14 @@ def layer_norm(
         eps: added to the variance, inside the root.
     """
     mean = x.mean(dim=-1, keepdim=True)
-    variance = x.var(
-        dim=-1, keepdim=True, correction=0
-    )  # divided by H, not by H - 1
+    variance = x.var(dim=-1, keepdim=True, correction=0)  # over H, not H - 1
     return (x - mean) / torch.sqrt(variance + eps) * weight + bias
 
 
-# %% GELU
+# %% GELU in PyTorch
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """Return x times the normal distribution's P(X <= x), (4.5); "tanh" gives the approximation (4.6).
+    """Return x times P(X <= x) for a standard normal X, (4.6); "tanh" gives
+    the approximation (4.7).
 
     Raises:
         ValueError: `approximate` is neither "none" nor "tanh".
@@ -60,9 +60,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# %% The feed-forward network
+# %% The feed-forward network in PyTorch
 class FeedForward(nn.Module):
-    """Two linear maps with a non-linearity between them, the same for each position, (4.7)."""
+    """Two linear maps with a non-linearity between them, the same for each
+    position, (4.8)."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -77,11 +78,13 @@ class FeedForward(nn.Module):
         return self.output(self.act(self.intermediate(hidden_states)))
 
 
-# %% Initialisation
+# %% Initialisation: a normal distribution cut at two sigma
 def initialize(module: nn.Module, std: float) -> None:
-    """Set one module's parameters as the original does; `model.apply` runs it on every submodule.
+    """Set one module's parameters as the original does; `model.apply` runs it
+    on every submodule.
 
-    Kernels and embeddings: normal with deviation `std`, cut at two deviations; biases 0; LayerNorm weights 1.
+    Kernels and embeddings: normal with deviation `std`, cut at two deviations,
+    (4.11); biases 0; LayerNorm weights 1.
     """
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
