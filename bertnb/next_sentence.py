@@ -6,6 +6,7 @@ Written by tools/extract.py from notebooks/09_next_sentence.md: edit that notebo
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,9 +15,11 @@ from bertnb.configuration import BertConfig
 from bertnb.encoder import BertModel
 from bertnb.folders import PretrainedModel
 from bertnb.layers import initialize
-from bertnb.masked_lm import check_targets
+from bertnb.masked_lm import IGNORE, check_targets
 
 __all__ = [
+    "IS_NEXT",
+    "NOT_NEXT",
     "Sentence",
     "Pair",
     "sample_pairs",
@@ -24,17 +27,18 @@ __all__ = [
     "next_sentence_loss",
     "NextSentenceOutput",
     "BertForNextSentencePrediction",
+    "accuracy_interval",
 ]
 
 
-# %% Pairs
+# %% Pairs from documents
 IS_NEXT, NOT_NEXT = 0, 1  # the original's labels
 Sentence = list[int]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two segments of token ids, and whether the second really follows the first."""
+    """Two segments of token ids, and whether the second follows the first."""
 
     first: Sentence
     second: Sentence
@@ -42,23 +46,32 @@ class Pair:
 
 
 def sample_pairs(
-    documents: Sequence[Sequence[Sentence]], max_tokens: int, rng: random.Random
+    documents: Sequence[Sequence[Sentence]],
+    max_tokens: int,
+    rng: random.Random,
 ) -> list[Pair]:
-    """Cut every document into pairs of neighbouring segments, and give every other one a stranger as its second.
+    """Cut documents into pairs of neighbouring segments, and give every other
+    pair a stranger as its second segment, (9.1).
 
-    Exactly half of the pairs (one less if their number is odd) are NOT_NEXT, and their second segment is always from another
-    document. A pair has at most `max_tokens` tokens.
+    Exactly half of the pairs (one less if their number is odd) are NOT_NEXT,
+    and their second segment is always from another document. A pair has at
+    most `max_tokens` tokens. Empty sentences and documents are left out; a
+    document of one sentence gives strangers, but no pair.
 
     Raises:
         ValueError: fewer than two documents, or no room for two tokens.
     """
+    documents = [[s for s in document if s] for document in documents]
+    documents = [document for document in documents if document]
     if len(documents) < 2:
         raise ValueError(
-            f"documents has {len(documents)} entries: a random second segment needs another document"
+            f"documents has {len(documents)} with text: expected at least 2, "
+            "for a random second segment comes from another document"
         )
     if max_tokens < 2:
         raise ValueError(
-            f"max_tokens={max_tokens}: expected at least 2, one token for each segment"
+            f"max_tokens={max_tokens}: expected at least 2, "
+            "one token for each segment"
         )
     neighbours = [
         (number, *split)
@@ -82,16 +95,20 @@ def sample_pairs(
 def _neighbours(
     document: Sequence[Sentence], max_tokens: int, rng: random.Random
 ) -> list[tuple[Sentence, Sentence]]:
-    """Group the sentences of a document to about `max_tokens`, and cut each group in two between sentences."""
+    """Group sentences to about `max_tokens`, and cut each group in two."""
     splits, group = [], []
     for i, sentence in enumerate(document):
         group.append(sentence)
         full = sum(map(len, group)) >= max_tokens or i == len(document) - 1
         if full and len(group) > 1:
             cut = rng.randint(1, len(group) - 1)
-            splits.append((sum(group[:cut], []), sum(group[cut:], [])))
+            splits.append((_joined(group[:cut]), _joined(group[cut:])))
             group = []
     return splits
+
+
+def _joined(sentences: Sequence[Sentence]) -> Sentence:
+    return [token for sentence in sentences for token in sentence]
 
 
 def _stranger(
@@ -119,7 +136,8 @@ def _stranger(
 def truncate_pair(
     first: Sentence, second: Sentence, max_tokens: int, rng: random.Random
 ) -> tuple[Sentence, Sentence]:
-    """Take tokens off the longer segment, at its front or its end by chance, until both fit."""
+    """Take tokens off the longer segment, at its front or its end by chance,
+    until both fit."""
     first, second = list(first), list(second)
     while len(first) + len(second) > max_tokens:
         longer = first if len(first) > len(second) else second
@@ -127,29 +145,26 @@ def truncate_pair(
     return first, second
 
 
-# %% The head and its loss
 def next_sentence_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the mean of -log P(label), (9.3).
 
     Args:
-        logits: (B, 2) floats: the scores of "is next" (0) and "is not" (1).
+        logits: (B, 2) floats: the scores of "follows" (0) and "does not" (1).
         labels: int64 (B,), 0 or 1; -100 does not count.
 
     Raises:
         ValueError: a shape or a label is wrong.
     """
-    if logits.shape != (*labels.shape, 2):
+    if labels.dim() != 1 or logits.shape != (len(labels), 2):
         raise ValueError(
-            f"logits has shape {tuple(logits.shape)} and labels {tuple(labels.shape)}; expected (B, 2) and (B,)"
+            f"logits has shape {tuple(logits.shape)} and labels "
+            f"{tuple(labels.shape)}; expected (B, 2) and (B,)"
         )
     check_targets(labels, "labels", 2)
-    counted = (labels != -100).sum().clamp(min=1)
-    return (
-        F.cross_entropy(
-            logits.float(), labels, ignore_index=-100, reduction="sum"
-        )
-        / counted
+    total = F.cross_entropy(
+        logits.float(), labels, ignore_index=IGNORE, reduction="sum"
     )
+    return total / (labels != IGNORE).sum().clamp(min=1)
 
 
 @dataclass
@@ -164,8 +179,6 @@ class NextSentenceOutput:
 
 class BertForNextSentencePrediction(PretrainedModel):
     """BERT with the next-sentence head on the pooled [CLS], (9.2)."""
-
-    optional = ("cls.seq_relationship.",)
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -184,7 +197,10 @@ class BertForNextSentencePrediction(PretrainedModel):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> NextSentenceOutput:
-        """Score whether segment B follows segment A: label 0 = follows. Other arguments as in `BertModel`."""
+        """Score whether segment B follows segment A: label 0 = follows.
+
+        Other arguments as in `BertModel`.
+        """
         encoded = self.bert(
             input_ids,
             attention_mask,
@@ -198,3 +214,24 @@ class BertForNextSentencePrediction(PretrainedModel):
         return NextSentenceOutput(
             loss, logits, encoded.hidden_states, encoded.attentions
         )
+
+
+# %% The interval of an accuracy
+def accuracy_interval(accuracy: float, trials: int) -> tuple[float, float]:
+    """Return the 95 % interval of an accuracy measured on `trials` independent
+    cases, (9.7).
+
+    Raises:
+        ValueError: the accuracy lies outside [0, 1], or there was no trial.
+    """
+    if not 0 <= accuracy <= 1 or trials < 1:
+        raise ValueError(
+            f"accuracy={accuracy}, trials={trials}: expected a share in [0, 1] "
+            "of at least one trial"
+        )
+    u = NormalDist().inv_cdf(0.975)
+    variance = accuracy * (1 - accuracy) / trials + u**2 / (4 * trials**2)
+    scale = 1 + u**2 / trials
+    middle = (accuracy + u**2 / (2 * trials)) / scale
+    reach = u * variance**0.5 / scale
+    return max(0.0, middle - reach), min(1.0, middle + reach)
