@@ -11,51 +11,55 @@ from bertnb.configuration import BertConfig
 __all__ = ["sinusoidal_positions", "LearnedPositions", "check_ids"]
 
 
-# %% Sinusoids
+# %% The code: sinusoids
 def sinusoidal_positions(length: int, dim: int) -> Tensor:
-    """Return the table of (3.3) as float32 (length, dim): sines in the even columns, cosines in the odd ones.
+    """Return the table of (3.7), float32 (length, dim), row p for place p.
+
+    Even columns hold sines and odd columns cosines, the fastest pair first.
 
     Raises:
         ValueError: `dim` is odd or not positive, or `length` is negative.
     """
     if dim <= 0 or dim % 2:
         raise ValueError(
-            f"dim={dim}: expected a positive even number, a sine and a cosine for each frequency"
+            f"dim={dim}: expected a positive even number, "
+            "a sine and a cosine for each frequency"
         )
     if length < 0:
         raise ValueError(f"length={length}: expected 0 or more positions")
     position = torch.arange(length, dtype=torch.float64)[:, None]
-    frequency = 10000.0 ** (
-        -torch.arange(0, dim, 2, dtype=torch.float64) / dim
-    )  # (dim / 2,)
-    angle = position * frequency  # (length, dim / 2)
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2).float()
+    pair = torch.arange(0, dim, 2, dtype=torch.float64)  # 2i, (dim / 2,)
+    angle = position * 10000.0 ** (-pair / dim)  # (length, dim / 2), (3.6)
+    table = torch.stack((angle.sin(), angle.cos()), dim=-1)
+    return table.flatten(-2).float()
 
 
-# %% Learned positions
+# %% The code: learned positions
 class LearnedPositions(nn.Embedding):
-    """BERT's positions: a trained vector for each of the first `max_position_embeddings` places."""
+    """BERT's positions, (3.9): a trained row for each of the first places."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, position_ids: Tensor) -> Tensor:
-        """Return the vectors (..., H) of the ids (...).
+        """Return the rows (..., H) of the ids (...).
 
         Raises:
             ValueError: an id is negative or beyond the table.
         """
-        check_ids(
-            position_ids,
-            "position_ids",
-            self.num_embeddings,
-            "max_position_embeddings",
-        )
+        limit = "max_position_embeddings"
+        check_ids(position_ids, "position_ids", self.num_embeddings, limit)
         return super().forward(position_ids)
 
 
 def check_ids(ids: Tensor, name: str, size: int, limit: str) -> None:
-    """Raise a readable error for integer `ids` outside 0..size-1, before the device fails on them.
+    """Raise a readable error for integer `ids` outside 0..size-1.
+
+    Args:
+        ids: what will index a table of `size` rows.
+        name: the argument's name, for the message.
+        size: the number of rows.
+        limit: the name of the configuration key that sets `size`.
 
     Raises:
         TypeError: `ids` are not int32 or int64.
@@ -63,7 +67,8 @@ def check_ids(ids: Tensor, name: str, size: int, limit: str) -> None:
     """
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(
-            f"{name} has dtype {ids.dtype}; expected torch.int64 ids"
+            f"{name} has dtype {ids.dtype}; expected torch.int64 ids "
+            "(use .long())"
         )
     if torch.compiler.is_compiling() or ids.numel() == 0:
         return  # a compiled graph cannot look at values
@@ -71,5 +76,6 @@ def check_ids(ids: Tensor, name: str, size: int, limit: str) -> None:
     if low < 0 or high >= size:
         bad = low if low < 0 else high
         raise ValueError(
-            f"{name} holds {bad}; expected 0 to {size - 1} ({limit}={size})"
+            f"{name} holds {bad}; expected 0 to {size - 1} ({limit}={size}): "
+            f"correct the ids, or use a model with a larger {limit}"
         )
