@@ -27,7 +27,7 @@ TEXT = {  # in text, outside code and mathematics
     r"^\+\+\+": "a MyST cell break",
     r"^%": "a MyST comment",
     r"\[!\w+\]": "a GitHub alert: write `> **Note.** ...`",
-    r"\[\^\w+\]": "a footnote",
+    r"\[\^\w+\]|^\^\w+$": "a footnote",
     r"\{\{.*\}\}": "a MyST substitution",
     r"\\(begin|end|tag|label|ref|eqref|frac|sum|sqrt)\b": "LaTeX outside $",
     r"\$": "a dollar sign that opens no formula: write USD, or use `code`",
@@ -110,7 +110,7 @@ def prose(source: str, folder: Path) -> Iterator[tuple[str, str]]:
                 for pattern, why in TEXT.items():
                     if re.search(pattern, child.content):
                         yield why, child.content
-            elif child.type in ("math_inline", "math_inline_double"):
+            elif child.type == "math_inline":
                 yield from math(child)
             elif child.type in ("link_open", "image"):
                 yield from link(child, folder)

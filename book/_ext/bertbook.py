@@ -270,6 +270,7 @@ def forget(app: Sphinx, env: BuildEnvironment, page: str) -> None:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connect everything to Sphinx."""
+    app.setup_extension("sphinx.ext.autodoc")
     app.connect("config-inited", choose_mathjax)
     app.connect("builder-inited", begin)
     app.connect("env-purge-doc", forget)
