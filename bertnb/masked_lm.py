@@ -13,10 +13,12 @@ from bertnb.configuration import BertConfig
 from bertnb.encoder import BertModel
 from bertnb.folders import PretrainedModel
 from bertnb.layers import ACTIVATIONS, initialize
+from bertnb.positions import check_ids
 
 __all__ = [
     "IGNORE",
     "mask_tokens",
+    "draw_positions",
     "MaskedLMHead",
     "gather_positions",
     "masked_lm_loss",
@@ -41,71 +43,93 @@ def mask_tokens(
     pad_token_id: int = 0,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose tokens of each row to predict, and hide them: 80 % [MASK], 10 % a random token, 10 % unchanged.
+    """Choose tokens of each row to predict, (8.3), and hide them, (8.4).
 
-    A row of n tokens (padding not counted) gets exactly max(1, round(mlm_probability * n)) of them, (8.1), but never more
+    A row of n tokens (padding not counted) gets exactly max(1, round(mlm_probability * n)) of them, but never more
     than `max_predictions` or than it has ordinary tokens.
 
     Args:
         input_ids: int64 (B, L).
         special_tokens_mask: bool or 0/1 (B, L); True = never chosen ([CLS], [SEP], [PAD]).
-        max_predictions: P; None: round(mlm_probability * L).
+        max_predictions: P; None: round(mlm_probability * L), at least 1.
         generator: on the device of `input_ids`; the same state gives the same result.
 
     Returns:
-        masked_ids (B, L); positions (B, P), ascending, filled with 0; targets (B, P), the original ids, filled with -100.
+        masked_ids (B, L); positions (B, P), ascending, filled with 0; targets (B, P), the original ids, filled with
+        -100.
 
     Raises:
-        ValueError: shapes differ, or `mlm_probability` lies outside (0, 1].
+        ValueError: a shape does not fit, or a number lies outside its range.
     """
-    if special_tokens_mask.shape != input_ids.shape:
+    if input_ids.dim() != 2 or special_tokens_mask.shape != input_ids.shape:
         raise ValueError(
-            f"special_tokens_mask has shape {tuple(special_tokens_mask.shape)}; expected {tuple(input_ids.shape)} like input_ids"
+            f"input_ids has shape {tuple(input_ids.shape)} and special_tokens_mask "
+            f"{tuple(special_tokens_mask.shape)}; expected (batch, length) for both"
         )
     if not 0 < mlm_probability <= 1:
+        raise ValueError(f"mlm_probability={mlm_probability}; expected (0, 1]")
+    if not 0 <= mask_token_id < vocab_size:
         raise ValueError(
-            f"mlm_probability={mlm_probability}: expected a number in (0, 1]"
+            f"mask_token_id={mask_token_id}; expected an id below vocab_size={vocab_size}"
         )
-    batch, length = input_ids.shape
-    device = input_ids.device
+    length, device = input_ids.shape[1], input_ids.device
     if max_predictions is None:
         max_predictions = max(1, round(mlm_probability * length))
-    slots = min(max_predictions, length)
-
+    if max_predictions < 1:
+        raise ValueError(
+            f"max_predictions={max_predictions}; expected 1 or more"
+        )
     special = special_tokens_mask.bool()
-    tokens = length - (special & (input_ids == pad_token_id)).sum(
-        -1, keepdim=True
-    )  # (B, 1)
-    count = (
-        (mlm_probability * tokens).round().clamp(1, max_predictions)
-    )  # (8.1)
-    lottery = torch.rand(
-        batch, length, generator=generator, device=device
-    ).masked_fill(special, -1)
-    drawn, positions = lottery.topk(slots)  # (B, P)
-    chosen = (torch.arange(slots, device=device) < count) & (drawn >= 0)
-    positions = positions.masked_fill(~chosen, length).sort(dim=-1).values
-    chosen = positions < length
-    positions = positions.masked_fill(~chosen, 0)
-    originals = input_ids.gather(1, positions)
+    padding = special & (input_ids == pad_token_id)
+    tokens = length - padding.sum(-1, keepdim=True)  # (B, 1), n in (8.3)
+    # float64, as Python's own: a half is a half, and goes to the even side
+    count = (mlm_probability * tokens.double()).round().clamp(min=1)
+    positions = draw_positions(special, count, max_predictions, generator)
 
-    # one uniform number decides: < 0.8 [MASK], < 0.9 random, else unchanged
-    u = torch.rand(batch, slots, generator=generator, device=device)
+    # one uniform number decides, (8.4)
+    row = F.pad(input_ids, (0, 1))  # (B, L + 1), one column for empty places
+    originals = row.gather(1, positions)  # (B, P)
+    u = torch.rand(positions.shape, generator=generator, device=device)
     noise = torch.randint(
-        vocab_size, (batch, slots), generator=generator, device=device
+        vocab_size,
+        positions.shape,
+        generator=generator,
+        device=device,
+        dtype=input_ids.dtype,
     )
-    shown = torch.where(
-        u < 0.8, mask_token_id, torch.where(u < 0.9, noise, originals)
-    )
-    masked_ids = input_ids.clone()
-    rows = torch.arange(batch, device=device)[:, None].expand(-1, slots)
-    masked_ids[rows[chosen], positions[chosen]] = shown[chosen]
-    return masked_ids, positions, originals.masked_fill(~chosen, IGNORE)
+    shown = torch.where(u < 0.9, noise, originals)
+    shown = torch.where(u < 0.8, mask_token_id, shown)
+    masked_ids = row.scatter(1, positions, shown)[:, :length].contiguous()
+    empty = positions == length
+    targets = originals.masked_fill(empty, IGNORE)
+    return masked_ids, positions.masked_fill(empty, 0), targets
+
+
+def draw_positions(
+    special: Tensor,
+    count: Tensor,
+    slots: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw `count` (B, 1) positions a row that are not `special` (B, L).
+
+    Returns:
+        int64 (B, slots), ascending; empty places hold L.
+    """
+    length = special.shape[1]
+    lottery = torch.rand(
+        special.shape, generator=generator, device=special.device
+    ).masked_fill(special, -1)
+    spare = max(0, slots - length)
+    drawn, positions = F.pad(lottery, (0, spare), value=-1).topk(slots)
+    rank = torch.arange(slots, device=special.device)
+    chosen = (rank < count) & (drawn >= 0)
+    return positions.masked_fill(~chosen, length).sort(dim=-1).values
 
 
 # %% The head and its loss
 class MaskedLMHead(nn.Module):
-    """Score every word of the vocabulary: dense, activation, LayerNorm, then the word embeddings again, (8.3)."""
+    """Score every word of the vocabulary: dense, activation, LayerNorm, then the word embeddings again, (8.2)."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -124,17 +148,25 @@ class MaskedLMHead(nn.Module):
 
 
 def gather_positions(hidden_states: Tensor, positions: Tensor) -> Tensor:
-    """Pick the states of some positions: (B, L, H) and int64 (B, P) -> (B, P, H)."""
-    return hidden_states.gather(
-        1, positions[..., None].expand(-1, -1, hidden_states.shape[-1])
-    )
+    """Pick the states of some positions: (B, L, H) and int64 (B, P) -> (B, P, H).
+
+    Raises:
+        ValueError: `positions` is not (B, P), or one of them lies outside the row.
+    """
+    batch, length, size = hidden_states.shape
+    if positions.dim() != 2 or len(positions) != batch:
+        raise ValueError(
+            f"positions has shape {tuple(positions.shape)}; expected ({batch}, P)"
+        )
+    check_ids(positions, "positions", length, "length")
+    return hidden_states.gather(1, positions[..., None].expand(-1, -1, size))
 
 
 def masked_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean of -log P(target) over the targets that are not -100, (8.4); 0 if there is none.
+    """Return the mean of -log P(target) over the targets that are not -100, (8.5); 0 if there is none.
 
     Args:
-        logits: (..., V) floats.
+        logits: (..., V) floats; 16-bit ones are summed in float32.
         targets: int64 (...), the hidden words, -100 where nothing was hidden.
 
     Raises:
@@ -145,8 +177,10 @@ def masked_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
             f"targets has shape {tuple(targets.shape)}; expected {tuple(logits.shape[:-1])} like logits without V"
         )
     check_targets(targets, "targets", logits.shape[-1])
+    if logits.dtype != torch.float64:
+        logits = logits.float()
     total = F.cross_entropy(
-        logits.flatten(0, -2).float(),
+        logits.flatten(0, -2),
         targets.flatten(),
         ignore_index=IGNORE,
         reduction="sum",
@@ -178,8 +212,6 @@ class MaskedLMOutput:
 
 class BertForMaskedLM(PretrainedModel):
     """BERT with the masked-word head."""
-
-    optional = ("cls.predictions.",)
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
