@@ -213,7 +213,7 @@ def attention_table(
         ValueError: `weights` has another shape, or a number below 0 or not
             finite.
     """
-    values = torch.as_tensor(weights).detach().double()
+    values = torch.as_tensor(weights).double()
     if values.shape != (len(queries), len(keys)):
         raise ValueError(
             f"weights has shape {tuple(values.shape)}; expected "

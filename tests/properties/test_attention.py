@@ -189,6 +189,36 @@ def test_masks_broadcast_as_if_they_were_written_out(attend, shape):
 
 
 @BOTH
+def test_a_batch_of_queries_may_share_its_keys(attend):
+    query, key, value = normal(0, (2, 3, 4, 8), (5, 8), (5, 6))
+    mask = torch.tensor([[1, 1, 0, 1, 0], [1, 0, 0, 1, 1]]).bool()
+    mask = mask[:, None, None, :]
+    torch.testing.assert_close(
+        attend(query, key, value, mask),
+        attend(query, key.expand(2, 3, 5, 8), value.expand(2, 3, 5, 6), mask),
+    )
+
+
+def test_the_contract_does_not_rest_on_the_kernel(monkeypatch):
+    def careless(query, key, value, attn_mask, dropout_p):
+        scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+        added = torch.zeros_like(scores).masked_fill(~attn_mask, -torch.inf)
+        return (scores + added).softmax(-1) @ value
+
+    mask = torch.tensor([[True, False, True], [False, False, False]])
+    leaves = normal(0, (2, 4), (3, 4), (3, 4))
+    for t in leaves:
+        t.requires_grad_()
+    expected = visible(*leaves, mask)
+    name = "torch.nn.functional.scaled_dot_product_attention"
+    monkeypatch.setattr(name, careless)
+    context = fast_attention(*leaves, mask)
+    torch.testing.assert_close(context, expected)
+    for gradient in torch.autograd.grad(context.sum(), leaves):
+        assert gradient.isfinite().all()
+
+
+@BOTH
 def test_very_large_scores_stay_finite(attend):
     query, key, value = normal(0, (2, 4), (3, 4), (3, 2))
     context = attend(query * 1e4, key * 1e4, value)
