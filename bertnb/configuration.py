@@ -4,46 +4,92 @@ Written by tools/extract.py from notebooks/00_configuration.md: edit that notebo
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 __all__ = [
     "BertnbError",
-    "HIDDEN_ACTS",
-    "BertConfig",
+    "read_json",
     "SIZES",
+    "HIDDEN_ACTS",
     "FIXED",
     "IGNORED",
+    "BertConfig",
     "locate",
-    "read_json",
 ]
 
 
-# %% Errors
+# %% Saying no early
 class BertnbError(Exception):
-    """Base of the errors that are about the content of a file or a run, not about an argument's type or value."""
+    """Base of the errors about the content of a file or a run."""
 
 
-# %% The configuration
-HIDDEN_ACTS = (
-    "gelu",
-    "gelu_new",
-    "gelu_pytorch_tanh",
-    "relu",
-    "silu",
-    "swish",
-    "tanh",
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        BertnbError: the file is not JSON, or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BertnbError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        found = type(values).__name__
+        raise BertnbError(f"{path} holds a {found}; expected keys and values")
+    return values
+
+
+SIZES = tuple(
+    "vocab_size hidden_size num_hidden_layers num_attention_heads "
+    "intermediate_size max_position_embeddings type_vocab_size".split()
+)
+HIDDEN_ACTS = tuple(
+    "gelu gelu_new gelu_pytorch_tanh relu silu swish tanh".split()
+)
+# they change the architecture: accepted only with the values that are BERT's
+FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("bert",),
+    "position_embedding_type": ("absolute", None),
+    "is_decoder": (False, None),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False, None),
+    "tie_word_embeddings": (True, None),
+    "pruned_heads": ({}, None),
+}
+# they say nothing about the encoder: a head's labels, the tokenizer's ids ...
+IGNORED = frozenset(
+    "id2label label2id num_labels _num_labels problem_type classifier_dropout "
+    "bos_token_id eos_token_id sep_token_id cls_token_id mask_token_id "
+    "tokenizer_class language directionality pooler_fc_size pooler_type "
+    "pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head "
+    # ... bookkeeping, and what other programs do with memory and outputs ...
+    "architectures transformers_version _name_or_path name finetuning_task "
+    "dtype torch_dtype torchscript use_bfloat16 xla_device tf_legacy_loss "
+    "output_attentions output_hidden_states output_past return_dict use_cache "
+    "gradient_checkpointing chunk_size_feed_forward "
+    "_attn_implementation_autoset "
+    # ... and how a decoder would write text, in files of 2019 and 2020
+    "bad_words_ids decoder_start_token_id diversity_penalty do_sample "
+    "early_stopping length_penalty max_length min_length no_repeat_ngram_size "
+    "num_beam_groups num_beams num_return_sequences prefix repetition_penalty "
+    "task_specific_params temperature top_k top_p".split()
 )
 
 
+# %% The class
 @dataclass(frozen=True)
 class BertConfig:
-    """The shape of a BERT, with the keys of a Hugging Face `config.json` (defaults: bert-base-uncased).
+    """The shape of a BERT, with Hugging Face's keys; defaults: bert-base-uncased.
 
     Raises:
-        ValueError: a size is not a positive whole number, a probability lies outside [0, 1), the heads do not
-            divide `hidden_size`, or `hidden_act` is unknown.
+        ValueError: a size is not a positive whole number, another value lies
+            outside its range, or the heads do not divide `hidden_size`.
     """
 
     vocab_size: int = 30522  # V
@@ -62,44 +108,38 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         for name in SIZES:
-            _require(
-                getattr(self, name),
-                name,
-                "a positive whole number",
-                lambda v: type(v) is int and v > 0,
-            )
+            self._require(name, "a positive whole number", _is_size)
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            _require(
-                getattr(self, name),
-                name,
-                "a number in [0, 1)",
-                lambda v: 0 <= v < 1,
+            self._require(
+                name, "a number in [0, 1)", lambda p: _is_real(p) and 0 <= p < 1
             )
         for name in ("initializer_range", "layer_norm_eps"):
-            _require(
-                getattr(self, name), name, "a positive number", lambda v: v > 0
+            self._require(
+                name, "a positive number", lambda x: _is_real(x) and x > 0
             )
-        _require(
-            self.hidden_act,
-            "hidden_act",
-            f"one of {', '.join(HIDDEN_ACTS)}",
-            HIDDEN_ACTS.__contains__,
-        )
-        _require(
-            self.pad_token_id,
+        acts = f"one of {', '.join(HIDDEN_ACTS)}"
+        self._require("hidden_act", acts, HIDDEN_ACTS.__contains__)
+        ids = f"an id from 0 to {self.vocab_size - 1}, below vocab_size"
+        self._require(
             "pad_token_id",
-            f"an id below vocab_size={self.vocab_size}",
-            lambda v: type(v) is int and 0 <= v < self.vocab_size,
+            ids,
+            lambda i: type(i) is int and i in range(self.vocab_size),
         )
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}: "
-                "each head gets an equal share of the hidden vector"
-            )
+        share = f"a divisor of hidden_size={self.hidden_size}, by (0.1)"
+        self._require(
+            "num_attention_heads", share, lambda a: self.hidden_size % a == 0
+        )
+
+    def _require(
+        self, name: str, expected: str, holds: Callable[[Any], bool]
+    ) -> None:
+        value = getattr(self, name)
+        if not holds(value):
+            raise ValueError(f"{name}={value!r}: expected {expected}")
 
     @property
     def head_size(self) -> int:
-        """The size d of a head's query, key and value: H / A."""
+        """The size d of a head's query, key and value, (0.1)."""
         return self.hidden_size // self.num_attention_heads
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,21 +151,32 @@ class BertConfig:
         """Build a configuration from the content of a `config.json`.
 
         Raises:
-            ValueError: a key would change the architecture in a way that this package does not build, or is unknown.
+            ValueError: a value is wrong, a key is unknown, or a key would
+                change the architecture in a way that this package lacks.
         """
-        known = {f.name for f in fields(cls)}
+        known = {field.name for field in fields(cls)}
         for key, value in values.items():
             if key in FIXED and value not in FIXED[key]:
+                only = FIXED[key][0]
+                raise ValueError(f"{key}={value!r}: only {only!r} is supported")
+            if key not in known | FIXED.keys() | IGNORED:
+                names = ", ".join(sorted(known))
                 raise ValueError(
-                    f"{key}={value!r}: only {FIXED[key][0]!r} is supported"
+                    f"unknown configuration key {key!r}={value!r}; known: {names}"
                 )
-            if key not in known and key not in FIXED and key not in IGNORED:
-                raise ValueError(
-                    f"unknown configuration key {key!r}={value!r}; known keys: {', '.join(sorted(known))}"
-                )
-        return cls(
-            **{key: value for key, value in values.items() if key in known}
-        )
+        return cls(**{key: values[key] for key in values if key in known})
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> "BertConfig":
+        """Read one file.
+
+        Raises:
+            BertnbError: the file is not JSON, or describes no BERT of ours.
+        """
+        try:
+            return cls.from_dict(read_json(Path(path)))
+        except ValueError as error:
+            raise BertnbError(f"{path}: {error}") from error
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> "BertConfig":
@@ -133,57 +184,37 @@ class BertConfig:
 
         Raises:
             FileNotFoundError: there is no such folder, repository or file.
-            BertnbError: the file is not JSON.
+            BertnbError: the file is not JSON, or describes no BERT of ours.
         """
-        return cls.from_dict(read_json(locate(path_or_hub_id, "config.json")))
+        return cls.from_json_file(locate(path_or_hub_id, "config.json"))
 
 
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-)
-# keys of other architectures' features: accepted only with the value that leaves BERT unchanged
-FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("bert",),
-    "position_embedding_type": ("absolute", None),
-    "is_decoder": (False, None),
-    "is_encoder_decoder": (False, None),
-    "add_cross_attention": (False, None),
-    "tie_word_embeddings": (True, None),
-    "pruned_heads": ({}, None),
-}
-# keys that say nothing about the encoder's shape: labels of a head, bookkeeping, and settings of other programs
-IGNORED = frozenset(
-    "architectures bos_token_id eos_token_id sep_token_id cls_token_id mask_token_id chunk_size_feed_forward "
-    "classifier_dropout directionality dtype torch_dtype finetuning_task gradient_checkpointing id2label label2id "
-    "num_labels output_attentions output_hidden_states output_past pooler_fc_size pooler_num_attention_heads "
-    "pooler_num_fc_layers pooler_size_per_head pooler_type problem_type return_dict transformers_version use_cache "
-    "_name_or_path _attn_implementation_autoset language name torchscript use_bfloat16".split()
-)
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
-def _require(value: Any, name: str, expected: str, holds: Any) -> None:
-    if not holds(value):
-        raise ValueError(f"{name}={value!r}: expected {expected}")
+def _is_real(value: Any) -> bool:
+    return (
+        type(value) is not bool
+        and isinstance(value, int | float)
+        and isfinite(value)
+    )
 
 
-# %% A folder or a name on the hub
+# %% A folder, or a name on the hub
 def locate(path_or_hub_id: str | Path, filename: str) -> Path:
-    """Return the local path of `filename` in a folder, or download it from the Hugging Face hub.
+    """Return the local path of `filename` in a folder, or download it.
 
     Raises:
-        FileNotFoundError: neither a folder with that file nor a repository that can be reached.
+        FileNotFoundError: neither a folder with that file nor a repository
+            that can be reached.
     """
     folder = Path(path_or_hub_id)
     if folder.is_dir():
         if not (folder / filename).is_file():
+            there = sorted(path.name for path in folder.iterdir())
             raise FileNotFoundError(
-                f"{folder} holds no {filename}; it holds {sorted(p.name for p in folder.iterdir())}"
+                f"{folder} holds no {filename}; it holds {there}"
             )
         return folder / filename
     from huggingface_hub import hf_hub_download
@@ -192,18 +223,6 @@ def locate(path_or_hub_id: str | Path, filename: str) -> Path:
         return Path(hf_hub_download(str(path_or_hub_id), filename))
     except Exception as error:
         raise FileNotFoundError(
-            f"{str(path_or_hub_id)!r} is not a folder, and {filename} could not be had from the hub under that name: {error}"
+            f"{str(path_or_hub_id)!r} is not a folder, and the hub gave no "
+            f"{filename} under that name: {error}"
         ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; raise `BertnbError` that names the file where it is not one."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BertnbError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise BertnbError(
-            f"{path} holds a {type(values).__name__}; expected an object of keys and values"
-        )
-    return values

@@ -20,23 +20,21 @@ __all__ = [
     "BertPooler",
     "expand_mask",
     "BertModel",
+    "parameter_count",
 ]
 
 
-# %% One layer
+# %% The layer in PyTorch
 class BertLayer(nn.Module):
-    """Attention and feed-forward, each with dropout, residual and LayerNorm after the sum: post-norm, (6.1)."""
+    """Attention, then feed-forward, each followed by a post-norm, (6.1)."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
+        size, eps = config.hidden_size, config.layer_norm_eps
         self.attention = MultiHeadAttention(config)
-        self.attention_norm = nn.LayerNorm(
-            config.hidden_size, eps=config.layer_norm_eps
-        )
+        self.attention_norm = nn.LayerNorm(size, eps=eps)
         self.feed_forward = FeedForward(config)
-        self.output_norm = nn.LayerNorm(
-            config.hidden_size, eps=config.layer_norm_eps
-        )
+        self.output_norm = nn.LayerNorm(size, eps=eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
@@ -45,34 +43,29 @@ class BertLayer(nn.Module):
         mask: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the new states (B, L, H) and, on request, the attention weights (B, A, L, L)."""
-        attended, weights = self.attention(
-            hidden_states, mask, output_attentions
-        )
-        hidden_states = self.attention_norm(
-            hidden_states + self.dropout(attended)
-        )
-        transformed = self.feed_forward(hidden_states)
-        return self.output_norm(
-            hidden_states + self.dropout(transformed)
-        ), weights
+        """Return the new states (B, L, H) and, on request, the weights.
+
+        `mask` is bool and broadcastable to (B, A, L, L), the weights' shape.
+        """
+        x = hidden_states
+        attended, weights = self.attention(x, mask, output_attentions)
+        y = self.attention_norm(x + self.dropout(attended))
+        return self.output_norm(y + self.dropout(self.feed_forward(y))), weights
 
 
-# %% The stack
+# %% The stack and the pooler
 @dataclass
 class BertOutput:
     """What `BertModel` returns; the fields have Hugging Face's names."""
 
     last_hidden_state: Tensor  # (B, L, H)
     pooler_output: Tensor | None = None  # (B, H)
-    hidden_states: tuple[Tensor, ...] | None = (
-        None  # N + 1 of (B, L, H), the embeddings first
-    )
+    hidden_states: tuple[Tensor, ...] | None = None  # N + 1 of (B, L, H)
     attentions: tuple[Tensor, ...] | None = None  # N of (B, A, L, L)
 
 
 class BertEncoder(nn.Module):
-    """N layers, one after the other, (6.2)."""
+    """N layers, one on the other, (6.2)."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -87,7 +80,7 @@ class BertEncoder(nn.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> BertOutput:
-        """Return the last states, and on request the states before and after each layer and its weights."""
+        """Return the last states; on request all of them, and the weights."""
         states, attentions = [hidden_states], []
         for layer in self.layer:
             hidden_states, weights = layer(
@@ -103,7 +96,7 @@ class BertEncoder(nn.Module):
 
 
 class BertPooler(nn.Module):
-    """One vector for the whole input, from [CLS]: tanh(W h_0 + b), (6.3)."""
+    """One vector for the whole input, from [CLS], (6.3)."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -114,26 +107,31 @@ class BertPooler(nn.Module):
         return self.dense(hidden_states[:, 0]).tanh()
 
 
+# %% The model
 def expand_mask(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
-    """Turn a mask of 0 and 1, (B, L) or (B, L, L), into bool that broadcasts to (B, A, L, L).
+    """Turn 0 and 1 into bool that broadcasts to (B, A, L, L).
+
+    Args:
+        attention_mask: (B, L), or (B, L, L) for queries by keys.
+        input_ids: (B, L).
 
     Raises:
-        ValueError: the shape does not fit `input_ids` (B, L).
+        ValueError: the shape is neither.
     """
     batch, length = input_ids.shape
     if attention_mask.shape == (batch, length):
-        return attention_mask.bool()[:, None, None, :]
+        return attention_mask.bool()[:, None, None, :]  # (B, 1, 1, L)
     if attention_mask.shape == (batch, length, length):
-        return attention_mask.bool()[:, None]
+        return attention_mask.bool()[:, None]  # (B, 1, L, L)
     raise ValueError(
-        f"attention_mask has shape {tuple(attention_mask.shape)}; expected {(batch, length)} like input_ids, "
-        f"or {(batch, length, length)} for a mask of queries by keys"
+        f"attention_mask has shape {tuple(attention_mask.shape)}; expected "
+        f"{(batch, length)} like input_ids, or {(batch, length, length)} for "
+        "queries by keys"
     )
 
 
-# %% The model
 class BertModel(PretrainedModel):
-    """The encoder: ids in, a vector for each token and one for the whole out, (6.4)."""
+    """Ids in; a vector for each token, and one for the whole, out: (6.4)."""
 
     def __init__(
         self, config: BertConfig, add_pooling_layer: bool = True
@@ -157,7 +155,8 @@ class BertModel(PretrainedModel):
         """Encode int64 ids (B, L).
 
         Args:
-            attention_mask: (B, L), 1 for tokens and 0 for padding, or (B, L, L) for queries by keys; None: no padding.
+            attention_mask: (B, L), 1 for tokens and 0 for padding, or
+                (B, L, L) for queries by keys; None: no padding.
             token_type_ids: (B, L), the segment of each token; None: all 0.
             position_ids: (B, L) or (L,); None: 0..L-1.
 
@@ -166,13 +165,12 @@ class BertModel(PretrainedModel):
         """
         if input_ids.dim() != 2:
             raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, length)"
+                f"input_ids has shape {tuple(input_ids.shape)}; expected "
+                "(batch, length)"
             )
-        mask = (
-            None
-            if attention_mask is None
-            else expand_mask(attention_mask, input_ids)
-        )
+        mask = None
+        if attention_mask is not None:
+            mask = expand_mask(attention_mask, input_ids)
         embedded = self.embeddings(input_ids, token_type_ids, position_ids)
         output = self.encoder(
             embedded, mask, output_hidden_states, output_attentions
@@ -180,3 +178,21 @@ class BertModel(PretrainedModel):
         if self.pooler is not None:
             output.pooler_output = self.pooler(output.last_hidden_state)
         return output
+
+
+# %% 109,482,240
+def parameter_count(config: BertConfig) -> dict[str, int]:
+    """Count the parameters of `BertModel` term by term, (6.5), and in total."""
+    size, inner = config.hidden_size, config.intermediate_size
+    layers = config.num_hidden_layers
+    terms = {
+        "word_embeddings": config.vocab_size * size,
+        "position_embeddings": config.max_position_embeddings * size,
+        "token_type_embeddings": config.type_vocab_size * size,
+        "embedding_norm": 2 * size,
+        "attention": layers * 4 * (size * size + size),
+        "feed_forward": layers * (2 * size * inner + inner + size),
+        "layer_norms": layers * 4 * size,
+        "pooler": size * size + size,
+    }
+    return {**terms, "total": sum(terms.values())}
