@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from docutils import nodes
 from sphinx.application import Sphinx
@@ -215,6 +216,7 @@ def finish_page(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any
 ) -> None:
     """Show the chapter's number, and link the equations that the code names."""
+    context["book_path"] = urlparse(app.config.html_baseurl).path or "/"
     body = context.get("body")
     if not body or doctree is None:
         return

@@ -64,7 +64,9 @@ def test_equations_have_the_number_of_their_chapter(path: Path) -> None:
     found = re.findall(r"\\tag\{(\d+)\.(\d+)\}", path.read_text("utf-8"))
     assert {int(chapter) for chapter, _ in found} <= {int(path.stem[:2])}
     numbers = [int(number) for _, number in found]
-    assert numbers == list(range(1, len(numbers) + 1))
+    assert numbers == sorted(set(numbers))
+    if numbers and path.stem[:2] != "00":  # several notebooks share the 0
+        assert numbers == list(range(1, len(numbers) + 1))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
