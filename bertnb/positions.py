@@ -27,9 +27,10 @@ def sinusoidal_positions(length: int, dim: int) -> Tensor:
         )
     if length < 0:
         raise ValueError(f"length={length}: expected 0 or more positions")
-    position = torch.arange(length, dtype=torch.float64)[:, None]
-    pair = torch.arange(0, dim, 2, dtype=torch.float64)  # 2i, (dim / 2,)
-    angle = position * 10000.0 ** (-pair / dim)  # (length, dim / 2), (3.6)
+    position = torch.arange(length)[:, None]
+    column = torch.arange(0, dim, 2, dtype=torch.float64)  # 2i, (dim / 2,)
+    frequency = 10000.0 ** (-column / dim)  # (3.6)
+    angle = position * frequency  # (length, dim / 2)
     table = torch.stack((angle.sin(), angle.cos()), dim=-1)
     return table.flatten(-2).float()
 
