@@ -75,7 +75,7 @@ class Callouts(SphinxTransform):
     def replace(self, quote: nodes.block_quote, first: nodes.paragraph) -> None:
         """Replace one quote if its first paragraph begins with a keyword."""
         inline = list(first.children)
-        while inline and isinstance(inline[0], nodes.Text) and not inline[0]:
+        while inline and not inline[0].astext().strip():
             inline.pop(0)  # markdown-it puts an empty text first
         if not inline or not isinstance(inline[0], nodes.strong):
             return
