@@ -12,7 +12,7 @@ from bertnb.positions import LearnedPositions, check_ids
 __all__ = ["BertEmbeddings"]
 
 
-# %% The code
+# %% The embeddings in PyTorch
 class BertEmbeddings(nn.Module):
     """Token + segment + position, then LayerNorm, then dropout, (5.1)."""
 
@@ -36,32 +36,40 @@ class BertEmbeddings(nn.Module):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Return (B, L, H) for int64 ids (B, L); segments default to 0, positions to 0..L-1.
+        """Return (B, L, H) for int64 ids (B, L).
+
+        Args:
+            token_type_ids: (B, L) or (L,), the segments; None: all 0.
+            position_ids: (B, L) or (L,), the places; None: 0..L-1.
 
         Raises:
-            ValueError: an id lies outside its table (the message names which and the limit).
+            TypeError: ids are not int32 or int64.
+            ValueError: an id lies outside its table, or a shape does not fit.
         """
-        if position_ids is None:
-            position_ids = torch.arange(
-                input_ids.shape[-1], device=input_ids.device
-            )
+        length = input_ids.shape[-1]
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(length, device=input_ids.device)
+        others = {
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+        }
+        for name, ids in others.items():
+            if ids.shape not in (input_ids.shape, (1, length), (length,)):
+                raise ValueError(
+                    f"{name} has shape {tuple(ids.shape)}; expected "
+                    f"{tuple(input_ids.shape)} like input_ids, or ({length},)"
+                )
+        words, segments = self.word_embeddings, self.token_type_embeddings
+        limits = words.num_embeddings, segments.num_embeddings
+        check_ids(input_ids, "input_ids", limits[0], "vocab_size")
         check_ids(
-            input_ids,
-            "input_ids",
-            self.word_embeddings.num_embeddings,
-            "vocab_size",
-        )
-        check_ids(
-            token_type_ids,
-            "token_type_ids",
-            self.token_type_embeddings.num_embeddings,
-            "type_vocab_size",
+            token_type_ids, "token_type_ids", limits[1], "type_vocab_size"
         )
         total = (
-            self.word_embeddings(input_ids)
-            + self.token_type_embeddings(token_type_ids)
+            words(input_ids)
+            + segments(token_type_ids)
             + self.position_embeddings(position_ids)
-        )  # (B, L, H)
+        )  # (B, L, H), (5.1)
         return self.dropout(self.LayerNorm(total))
