@@ -1,0 +1,429 @@
+"""What must hold for masking, the head and the loss, whatever the numbers."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bertnb.configuration import BertConfig
+from bertnb.masked_lm import (
+    IGNORE,
+    BertForMaskedLM,
+    MaskedLMHead,
+    check_targets,
+    draw_positions,
+    gather_positions,
+    mask_tokens,
+    masked_lm_loss,
+)
+
+few = settings(max_examples=25, deadline=None)
+seeds = st.integers(0, 2**31 - 1)
+PAD, CLS, SEP, MASK = 0, 2, 3, 4
+
+
+def rows(seed, batch=4, length=24, words=90):
+    """[CLS] a [SEP] b [SEP] and padding; ordinary ids are 5 to 99."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 5 + words, (batch, length), generator=generator)
+    ids[:, 0] = CLS
+    for row in range(batch):
+        n = int(torch.randint(3, length + 1, (), generator=generator))
+        ids[row, n // 2] = SEP
+        ids[row, n - 1] = SEP
+        ids[row, n:] = PAD
+    return ids, (ids == PAD) | (ids == CLS) | (ids == SEP)
+
+
+def mask(ids, special, seed=0, **options):
+    options = {"vocab_size": 100, "mask_token_id": MASK, **options}
+    generator = torch.Generator().manual_seed(seed)
+    return mask_tokens(ids, special, generator=generator, **options)
+
+
+# what mask_tokens promises
+
+
+@few
+@given(
+    seeds,
+    st.floats(0.01, 1.0),
+    st.one_of(st.none(), st.integers(1, 40)),
+)
+def test_places_are_ordinary_tokens_in_order_and_targets_are_theirs(
+    seed, rate, limit
+):
+    ids, special = rows(seed)
+    before = ids.clone()
+    masked, positions, targets = mask(
+        ids, special, seed, mlm_probability=rate, max_predictions=limit
+    )
+    assert torch.equal(ids, before)
+    slots = limit or max(1, round(rate * 24))
+    assert positions.shape == targets.shape == (4, slots)  # P is static
+    assert masked.shape == ids.shape
+    assert masked.dtype == positions.dtype == targets.dtype == torch.int64
+    for row in range(4):
+        real = targets[row] != IGNORE
+        k = int(real.sum())
+        assert real[:k].all()  # the real ones first, then the filling
+        assert (positions[row, k:] == 0).all()
+        chosen = positions[row, :k].tolist()
+        assert chosen == sorted(set(chosen))
+        assert not special[row, chosen].any()
+        assert torch.equal(targets[row, :k], ids[row, chosen])
+        n = int((ids[row] != PAD).sum())
+        ordinary = int((~special[row]).sum())
+        assert k == min(max(1, round(rate * n)), slots, ordinary)
+        rest = [i for i in range(24) if i not in chosen]
+        assert torch.equal(masked[row, rest], ids[row, rest])
+    assert (masked >= 0).all()
+    assert (masked < 100).all()
+
+
+def test_a_row_of_special_tokens_is_left_alone():
+    ids = torch.tensor([[CLS, SEP, SEP, PAD], [CLS, 9, SEP, PAD]])
+    masked, positions, targets = mask(ids, ids != 9, max_predictions=2)
+    assert torch.equal(masked[0], ids[0])
+    assert positions.tolist() == [[0, 0], [1, 0]]
+    assert targets.tolist() == [[IGNORE, IGNORE], [9, IGNORE]]
+
+
+def test_more_places_than_tokens_are_filled():
+    ids = torch.tensor([[CLS, 7, 8, SEP]])
+    options = {"mlm_probability": 1.0, "max_predictions": 9}
+    _, positions, targets = mask(ids, ids < 5, **options)
+    assert positions.tolist() == [[1, 2] + [0] * 7]
+    assert targets.tolist() == [[7, 8] + [IGNORE] * 7]
+
+
+def test_the_same_generator_gives_the_same_masks_and_another_others():
+    ids, special = rows(1)
+    first, again, other = (mask(ids, special, s) for s in (5, 5, 6))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[1], other[1])
+
+
+def test_without_a_generator_torchs_own_seed_counts():
+    ids, special = rows(2)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        results.append(
+            mask_tokens(ids, special, vocab_size=100, mask_token_id=MASK)
+        )
+    first, again = results
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def within(count, total, share, sigmas=4.5):
+    return abs(count / total - share) < sigmas * math.sqrt(
+        share * (1 - share) / total
+    )
+
+
+def test_shares_are_80_10_10_and_random_words_cover_the_vocabulary():
+    """The batch holds one word only; random ones come from the whole vocabulary."""
+    size, word = 40, 39
+    ids = torch.full((64, 512), word)
+    masked, positions, targets = mask(
+        ids, ids == 0, vocab_size=size, mlm_probability=0.25
+    )
+    assert (targets == word).all()
+    assert targets.shape == (64, 128)
+    shown = masked.gather(1, positions).flatten()
+    n = len(shown)
+    count = torch.bincount(shown, minlength=size)
+    assert within(int(count[MASK]), n, 0.8 + 0.1 / size)
+    assert within(int(count[word]), n, 0.1 + 0.1 / size)
+    for other in range(size):
+        if other not in (MASK, word):
+            assert within(int(count[other]), n, 0.1 / size)
+
+
+def test_every_ordinary_token_is_chosen_equally_often():
+    ids = torch.arange(5, 25).expand(3000, 20)
+    special = (ids == 5) | (ids == 24)
+    _, positions, targets = mask(ids, special, mlm_probability=0.15)
+    count = torch.bincount(positions[targets != IGNORE], minlength=20)
+    assert count.sum() == 3 * 3000
+    assert count[0] == count[19] == 0
+    for place in range(1, 19):
+        assert within(int(count[place]), 3000, 3 / 18)
+
+
+def test_only_special_tokens_with_the_padding_id_are_padding():
+    ids = torch.full((1, 20), PAD)  # an ordinary word that has the id 0
+    none = torch.zeros_like(ids)
+    _, _, targets = mask(ids, none, mlm_probability=0.5)
+    assert (targets == PAD).sum() == 10
+    half = none.clone()
+    half[0, 10:] = 1
+    _, _, targets = mask(ids, half, mlm_probability=0.5)
+    assert (targets == PAD).sum() == 5
+    _, _, targets = mask(ids, half, mlm_probability=0.5, pad_token_id=1)
+    assert (targets == PAD).sum() == 10  # special, but tokens
+
+
+def test_masks_of_0_and_1_are_masks():
+    ids, special = rows(3)
+    a, b = mask(ids, special), mask(ids, special.int())
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@few
+@given(seeds, st.integers(1, 12), st.integers(0, 12), st.integers(1, 16))
+def test_draw_positions_keeps_its_count(seed, length, count, slots):
+    generator = torch.Generator().manual_seed(seed)
+    special = torch.rand(2, length, generator=generator) < 0.3
+    places = draw_positions(
+        special, torch.tensor([[count], [1]]), slots, generator
+    )
+    assert places.shape == (2, slots)
+    assert torch.equal(places, places.sort().values)
+    found = (places < length).sum(1)
+    free = (~special).sum(1)
+    expected = [min(count, slots, int(free[0])), min(1, slots, int(free[1]))]
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"special": torch.zeros(2, 3)}, r"special_tokens_mask \(2, 3\)"),
+        ({"ids": torch.zeros(4).long()}, r"input_ids has shape \(4,\)"),
+        ({"mlm_probability": 0.0}, "mlm_probability=0.0"),
+        ({"mlm_probability": 1.1}, "mlm_probability=1.1"),
+        ({"mask_token_id": 100}, "mask_token_id=100.*vocab_size=100"),
+        ({"mask_token_id": -1}, "mask_token_id=-1"),
+        ({"max_predictions": 0}, "max_predictions=0"),
+    ],
+)
+def test_wrong_arguments_are_named(change, words):
+    ids = change.pop("ids", torch.full((2, 4), 9))
+    special = change.pop("special", torch.zeros_like(ids))
+    with pytest.raises(ValueError, match=words):
+        mask(ids, special, **change)
+
+
+# what the loss promises
+
+
+@few
+@given(seeds)
+def test_only_real_targets_count(seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, 5, 7, generator=generator)
+    targets = torch.randint(7, (2, 5), generator=generator)
+    empty = torch.rand(2, 5, generator=generator) < 0.5
+    empty[0, 0] = False
+    targets[empty] = IGNORE
+    loss = masked_lm_loss(logits, targets)
+    other = logits.clone()
+    other[empty] = 50 * torch.randn(int(empty.sum()), 7, generator=generator)
+    assert torch.equal(masked_lm_loss(other, targets), loss)
+    wider = torch.cat([logits, torch.randn(2, 3, 7, generator=generator)], 1)
+    more = torch.nn.functional.pad(targets, (0, 3), value=IGNORE)
+    torch.testing.assert_close(masked_lm_loss(wider, more), loss)
+    # the mean over the words of the batch, not over rows
+    real = targets != IGNORE
+    flat = masked_lm_loss(logits[real], targets[real])
+    torch.testing.assert_close(flat, loss)
+
+
+def test_nothing_hidden_is_loss_0_with_gradient_0():
+    logits = torch.randn(2, 3, 7, requires_grad=True)
+    loss = masked_lm_loss(logits, torch.full((2, 3), IGNORE))
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
+def test_sixteen_bits_are_summed_in_float32_and_float64_is_kept():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(4, 6, 9), torch.randint(9, (4, 6))
+    for kind, result in (
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ):
+        loss = masked_lm_loss(logits.to(kind), targets)
+        assert loss.dtype == result
+        exact = masked_lm_loss(logits.to(kind).to(result), targets)
+        assert torch.equal(loss, exact)
+
+
+def test_the_best_constant_is_the_unigram_and_its_loss_the_entropy():
+    words = torch.tensor([0, 0, 0, 1, 1, 2])
+    f = torch.bincount(words).double() / 6
+    bias = f.log().requires_grad_()
+    loss = masked_lm_loss(bias.expand(6, 3), words)
+    loss.backward()
+    assert loss.item() == pytest.approx(-(f * f.log()).sum().item())
+    assert bias.grad.abs().max() < 1e-12
+
+
+def test_targets_are_checked_by_name():
+    logits = torch.zeros(2, 3, 7)
+    with pytest.raises(ValueError, match=r"targets has shape \(2, 4\)"):
+        masked_lm_loss(logits, torch.zeros(2, 4).long())
+    for wrong in (7, -1, -99):
+        targets = torch.tensor([[0, 6, IGNORE], [0, 0, wrong]])
+        with pytest.raises(ValueError, match=f"targets holds {wrong}; .* 6"):
+            masked_lm_loss(logits, targets)
+    check_targets(torch.tensor([0, 6, IGNORE]), "labels", 7)
+    check_targets(torch.tensor([]), "labels", 7)
+    with pytest.raises(ValueError, match="labels holds 7"):
+        check_targets(torch.tensor([7]), "labels", 7)
+
+
+# what the model promises
+
+
+def model(**changes):
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 100,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 40,
+    }
+    return BertForMaskedLM(BertConfig(**{**sizes, **changes})).eval()
+
+
+def test_the_fast_path_is_the_full_path():
+    net = model(initializer_range=0.2)
+    ids, special = rows(8)
+    masked, positions, targets = mask(ids, special, max_predictions=6)
+    full = net(masked, ids != PAD)
+    fast = net(masked, ids != PAD, masked_positions=positions, labels=targets)
+    assert fast.logits.shape == (4, 6, 100)
+    assert full.logits.shape == (4, 24, 100)
+    assert full.loss is None
+    index = positions[..., None].expand(-1, -1, 100)
+    torch.testing.assert_close(fast.logits, full.logits.gather(1, index))
+    labels = torch.full_like(ids, IGNORE)
+    for row in range(4):
+        for place, word in zip(positions[row], targets[row], strict=True):
+            if word != IGNORE:
+                labels[row, place] = word
+    whole = net(masked, ids != PAD, labels=labels)
+    torch.testing.assert_close(fast.loss, whole.loss)
+    grads = [
+        torch.autograd.grad(out.loss, list(net.parameters()))
+        for out in (fast, whole)
+    ]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_padding_width_changes_nothing():
+    net = model(initializer_range=0.2)
+    ids, special = rows(9)
+    masked, positions, targets = mask(ids, special)
+    wide = torch.nn.functional.pad(masked, (0, 9), value=17)
+    narrow_loss = net(
+        masked, ids != PAD, masked_positions=positions, labels=targets
+    ).loss
+    seen = torch.nn.functional.pad(ids != PAD, (0, 9))
+    wide_loss = net(wide, seen, masked_positions=positions, labels=targets).loss
+    torch.testing.assert_close(wide_loss, narrow_loss)
+
+
+def test_the_table_is_one_and_learns_from_both_ends():
+    net = model()
+    names = [name for name, _ in net.named_parameters()]
+    assert sum("word_embeddings" in name for name in names) == 1
+    assert not any("decoder" in name for name in names)
+    table = net.bert.embeddings.word_embeddings.weight
+    ids = torch.tensor([[CLS, 7, MASK, SEP]])
+    labels = torch.tensor([[IGNORE, IGNORE, 8, IGNORE]])
+    hidden = net.bert(ids).last_hidden_state
+    parts = [
+        torch.autograd.grad(
+            masked_lm_loss(net.masked_lm(h, t), labels),
+            table,
+            retain_graph=True,
+        )[0]
+        for h, t in ((hidden.detach(), table), (hidden, table.detach()))
+    ]
+    both = torch.autograd.grad(net(ids, labels=labels).loss, table)[0]
+    torch.testing.assert_close(sum(parts), both)
+    assert parts[0].any(1).all()  # as an output, every word
+    assert parts[1].any(1).nonzero().flatten().tolist() == [2, 3, 4, 7]
+
+
+def test_a_new_model_guesses():
+    torch.manual_seed(0)
+    net = model(vocab_size=5000, hidden_size=64)
+    ids = torch.randint(5, 5000, (16, 40))
+    loss = net(ids, labels=ids.roll(1, 1)).loss.item()
+    sigma2 = net.bert.embeddings.word_embeddings.weight.var().item()
+    assert loss == pytest.approx(math.log(5000) + 32 * sigma2, abs=0.02)
+
+
+def test_a_new_head_starts_as_the_others_do():
+    torch.manual_seed(0)
+    head = MaskedLMHead(
+        BertConfig(vocab_size=30, hidden_size=96, initializer_range=0.05)
+    )
+    assert not head.bias.any()
+    assert not head.dense.bias.any()
+    assert head.dense.weight.abs().max() <= 0.1
+    assert 0.04 < head.dense.weight.std() < 0.05
+    assert head.bias.shape == (30,)
+
+
+def test_the_heads_norm_has_the_configured_eps():
+    head = MaskedLMHead(
+        BertConfig(vocab_size=30, hidden_size=12, layer_norm_eps=0.5)
+    )
+    assert head.LayerNorm.eps == 0.5
+
+
+def test_dropout_sleeps_in_eval():
+    net = model(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    ids, _ = rows(10)
+    assert torch.equal(net(ids).logits, net(ids).logits)
+
+
+def test_gather_takes_each_rows_own_places():
+    states = torch.arange(24.0).reshape(2, 4, 3)
+    taken = gather_positions(states, torch.tensor([[3, 0], [1, 1]]))
+    assert torch.equal(taken[0], states[0, [3, 0]])
+    assert torch.equal(taken[1], states[1, [1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("positions", "words"),
+    [
+        (torch.tensor([[0], [4]]), "positions holds 4; expected 0 to 3"),
+        (torch.tensor([[-1], [0]]), "positions holds -1"),
+        (torch.tensor([[0]]), r"positions has shape \(1, 1\); .*\(2, P\)"),
+        (torch.tensor([0, 1]), r"positions has shape \(2,\)"),
+    ],
+)
+def test_wrong_places_are_named(positions, words):
+    with pytest.raises(ValueError, match=words):
+        gather_positions(torch.zeros(2, 4, 3), positions)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_masking_and_loss_run_on_the_device():
+    ids, special = rows(11)
+    generator = torch.Generator("cuda").manual_seed(0)
+    masked, positions, targets = mask_tokens(
+        ids.cuda(),
+        special.cuda(),
+        vocab_size=100,
+        mask_token_id=MASK,
+        generator=generator,
+    )
+    net = model().cuda()
+    loss = net(masked, masked_positions=positions, labels=targets).loss
+    assert loss.isfinite()
