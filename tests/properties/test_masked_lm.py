@@ -126,7 +126,7 @@ def within(count, total, share, sigmas=4.5):
 
 def test_shares_are_80_10_10_and_random_words_cover_the_vocabulary():
     """The batch holds one word only; random ones come from the whole vocabulary."""
-    size, word = 40, 39
+    size, word = 40, 5
     ids = torch.full((64, 512), word)
     masked, positions, targets = mask(
         ids, ids == 0, vocab_size=size, mlm_probability=0.25
