@@ -268,6 +268,27 @@ def test_each_step_hides_other_places():
         assert not any(torch.equal(a, b) for b in places[:i])
 
 
+def test_each_epoch_cuts_other_pairs():
+    data = make()
+    cuts = [
+        data.batch(epoch * data.batches_per_epoch)["token_type_ids"]
+        for epoch in range(4)
+    ]
+    for i, a in enumerate(cuts):
+        assert not any(torch.equal(a, b) for b in cuts[:i])
+
+
+def test_random_replacements_cover_the_vocabulary():
+    data = make(batch_size=16, length=60, mlm_probability=0.5)
+    random_ids = set()
+    for step in range(40):
+        batch = data.batch(step)
+        found = batch["input_ids"].gather(1, batch["masked_positions"])
+        other = (found != batch["labels"]) & (found != 4)
+        random_ids |= set(found[other & (batch["labels"] != -100)].tolist())
+    assert max(random_ids) >= 290  # the documents' ids end at 274
+
+
 def test_an_epoch_shows_each_pair_once():
     data = make()
     pairs = sorted((p.first, p.second) for p in data._epoch(0))
