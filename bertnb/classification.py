@@ -44,8 +44,6 @@ class SequenceClassifierOutput:
 class BertForSequenceClassification(PretrainedModel):
     """BERT with a linear classifier on the pooled [CLS] after dropout, (17.1); with one label: regression."""
 
-    optional = ("classifier.", "bert.pooler.")
-
     def __init__(
         self,
         config: BertConfig,

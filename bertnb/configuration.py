@@ -125,7 +125,7 @@ class BertConfig:
             ids,
             lambda i: type(i) is int and i in range(self.vocab_size),
         )
-        share = f"a divisor of hidden_size={self.hidden_size}, by (0.1)"
+        share = f"a divisor of hidden_size={self.hidden_size}, by (0.2)"
         self._require(
             "num_attention_heads", share, lambda a: self.hidden_size % a == 0
         )
@@ -139,7 +139,7 @@ class BertConfig:
 
     @property
     def head_size(self) -> int:
-        """The size d of a head's query, key and value, (0.1)."""
+        """The size d of a head's query, key and value, (0.2)."""
         return self.hidden_size // self.num_attention_heads
 
     def to_dict(self) -> dict[str, Any]:

@@ -78,8 +78,6 @@ class PreTrainingOutput:
 class BertForPreTraining(PretrainedModel):
     """BERT with both heads; the loss is their sum, (12.1)."""
 
-    optional = ("cls.",)
-
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config = config

@@ -135,6 +135,7 @@ def build(source: Path, target: Path) -> float:
         timeout=600,
         resources={"metadata": {"path": str(source.parent)}},
         record_timing=False,
+        coalesce_streams=True,  # prints arrive in pieces of chance
         extra_arguments=["--IPKernelApp.log_level=ERROR"],
     ).execute()
     # the kernel's answer names its exact version of Python
