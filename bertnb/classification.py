@@ -24,7 +24,15 @@ __all__ = [
 
 # %% The code
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy of the labels, (17.2), or with a single column of logits the mean squared error."""
+    """Return the mean of -log P(label), (17.2); with one column, squared error.
+
+    Args:
+        logits: (B, C) floats.
+        labels: int64 (B,), 0 to C - 1; floats (B,) if C is 1.
+
+    Raises:
+        ValueError: a label lies outside the classes.
+    """
     if logits.shape[-1] == 1:
         return F.mse_loss(logits.squeeze(-1).float(), labels.float())
     check_targets(labels, "labels", logits.shape[-1])
@@ -42,7 +50,16 @@ class SequenceClassifierOutput:
 
 
 class BertForSequenceClassification(PretrainedModel):
-    """BERT with a linear classifier on the pooled [CLS] after dropout, (17.1); with one label: regression."""
+    """BERT with a linear classifier on the pooled [CLS], (17.1).
+
+    Args:
+        config: the encoder's configuration.
+        num_labels: C; None: 2. With 1 it is a regression.
+        labels: the names of the classes, instead of their number.
+
+    Raises:
+        ValueError: `num_labels` and `labels` say different numbers.
+    """
 
     def __init__(
         self,
@@ -94,7 +111,12 @@ class BertForSequenceClassification(PretrainedModel):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> SequenceClassifierOutput:
-        """Score the classes; `labels` are int64 (B,), or floats (B,) with one label: then the loss is the squared error."""
+        """Score the classes, (17.1).
+
+        `labels` are int64 (B,), and the loss is (17.2); with one label they
+        are floats (B,), and it is the mean squared error. Other arguments as
+        in `BertModel`.
+        """
         encoded = self.bert(
             input_ids,
             attention_mask,
