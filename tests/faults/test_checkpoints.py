@@ -132,6 +132,12 @@ def test_another_shape(folder):
     )
 
 
+def test_a_transposed_matrix(folder):
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    change_weights(folder, lambda w: w.update({name: w[name].T.contiguous()}))
+    refused(folder, "intermediate.dense.weight has shape (8, 12)", "(12, 8)")
+
+
 def test_another_number_of_labels(tmp_path):
     BertForSequenceClassification(CONFIG, num_labels=3).save_pretrained(
         tmp_path
