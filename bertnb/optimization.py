@@ -20,11 +20,12 @@ __all__ = [
 ]
 
 
-# %% The groups and the schedule
+# %% The two groups
 def parameter_groups(
     model: nn.Module, weight_decay: float = 0.01
 ) -> list[dict[str, object]]:
-    """Return AdamW's two groups: matrices and embeddings decay, biases and LayerNorm weights do not, (11.6)."""
+    """Return AdamW's two groups, for (11.6): matrices and embeddings decay,
+    biases and LayerNorm weights do not."""
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -42,32 +43,26 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-6,
 ) -> torch.optim.AdamW:
-    """Return PyTorch's fused AdamW on the two groups, with the original's constants; `train` sets the learning rate."""
-    return torch.optim.AdamW(
-        parameter_groups(model, weight_decay),
-        lr=0.0,
-        betas=betas,
-        eps=eps,
-        fused=True,
-    )
+    """Return PyTorch's fused AdamW, (11.6), on the two groups, with the
+    original's constants; `train` sets the learning rate."""
+    groups = parameter_groups(model, weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
 
 def linear_warmup_decay(
     step: int, warmup_steps: int, total_steps: int
 ) -> float:
-    """Return the factor on the learning rate: up from 0 to 1 over the warm-up, then straight down to 0, (11.7).
+    """Return the factor on the learning rate, (11.7): up from 0 to 1 over the
+    warm-up, then straight down to 0.
 
     Raises:
         ValueError: a negative number, or a warm-up longer than the run.
     """
-    if (
-        min(step, warmup_steps) < 0
-        or total_steps < 1
-        or warmup_steps > total_steps
-    ):
+    if min(step, warmup_steps) < 0 or not warmup_steps <= total_steps >= 1:
         raise ValueError(
-            f"step={step}, warmup_steps={warmup_steps}, total_steps={total_steps}: "
-            "expected step >= 0 and 0 <= warmup_steps <= total_steps, at least one step in all"
+            f"step={step}, warmup_steps={warmup_steps}, total_steps="
+            f"{total_steps}: expected step >= 0 and 0 <= warmup_steps <= "
+            "total_steps, at least one step in all"
         )
     if step < warmup_steps:
         return step / warmup_steps
@@ -83,7 +78,8 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def pick_precision(device: torch.device) -> torch.dtype:
-    """Return bfloat16 where the hardware multiplies it faster than float32 (sm80, AVX512-BF16, AMX), else float32."""
+    """Return bfloat16 where the hardware multiplies it faster than float32
+    (sm80, AVX512-BF16, AMX), else float32."""
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
@@ -101,7 +97,7 @@ class Step:
     step: int
     loss: float
     learning_rate: float
-    grad_norm: float
+    grad_norm: float  # before clipping
 
 
 def train(
@@ -116,33 +112,48 @@ def train(
     """The one loop of this package: take a step for each batch, and report it.
 
     Args:
-        batches: dictionaries of arguments for `model`, whose output has a `loss`.
+        batches: dictionaries of arguments for `model`, whose output has a
+            `loss`.
         schedule: the learning rate of step 0, 1, 2, ...
         first_step: the number of the first batch: not 0 in a run that goes on.
-        max_grad_norm: gradients are scaled down to this global norm.
-        precision: bfloat16 multiplies matrices in bfloat16; weights, their sums and the optimiser stay float32.
+        max_grad_norm: gradients are scaled down to this global norm, (11.8).
+        precision: bfloat16 multiplies matrices in bfloat16; weights, their
+            sums and the optimiser stay float32.
 
     Raises:
-        FloatingPointError: the loss is not finite; the weights are those before that step.
+        ValueError: the model returns no loss.
+        FloatingPointError: the loss or the gradient is not finite; the
+            weights are those before that step.
     """
     device = next(model.parameters()).device
     model.train()
+    optimizer.zero_grad()  # of whoever called backward before
     for step, batch in enumerate(batches, first_step):
         learning_rate = schedule(step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
+        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
         with torch.autocast(
             device.type, precision, enabled=precision != torch.float32
         ):
-            loss = model(
-                **{name: tensor.to(device) for name, tensor in batch.items()}
-            ).loss
-        if not loss.isfinite():
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {step}: try a lower learning rate or a longer warm-up"
+            loss = model(**inputs).loss
+        if loss is None:
+            raise ValueError(
+                f"the model returns no loss at step {step}: the batch has "
+                f"{', '.join(batch)}, but no labels"
             )
+        _check_finite("loss", loss, step)
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        _check_finite("norm of the gradient", grad_norm, step)
         optimizer.step()
         optimizer.zero_grad()
         yield Step(step, loss.item(), learning_rate, grad_norm.item())
+
+
+def _check_finite(what: str, value: Tensor, step: int) -> None:
+    if not value.isfinite():
+        raise FloatingPointError(
+            f"the {what} is {value.item()} at step {step}: try a lower "
+            "learning rate or a longer warm-up"
+        )
