@@ -84,13 +84,20 @@ class BertForSequenceClassification(PretrainedModel):
 
     @classmethod
     def saved_head_arguments(cls, saved: dict[str, Any]) -> dict[str, Any]:
-        """Return the label names that a `config.json` holds."""
+        """Return what a `config.json` says of the classes.
+
+        Raises:
+            ValueError: it asks for several labels a row at once.
+        """
+        if saved.get("problem_type") == "multi_label_classification":
+            raise ValueError(
+                "problem_type='multi_label_classification': only one class a "
+                "row, or regression, is supported"
+            )
         names = saved.get("id2label")
-        return (
-            {"labels": [names[key] for key in sorted(names, key=int)]}
-            if names
-            else {}
-        )
+        if names:
+            return {"labels": [names[key] for key in sorted(names, key=int)]}
+        return {"num_labels": saved.get("num_labels")}
 
     def extra_config(self) -> dict[str, Any]:
         """Return the label names as Hugging Face writes them."""

@@ -1,5 +1,6 @@
 """The classifier against `transformers` and against the formula."""
 
+import json
 import warnings
 
 import numpy as np
@@ -85,6 +86,21 @@ def test_labels_keep_their_names(tmp_path):
     assert loaded.label_names == ["sad", "glad", "mad"]
     peer = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert peer.config.id2label == {0: "sad", 1: "glad", 2: "mad"}
+
+
+def test_what_a_config_says_of_the_classes_is_read(tmp_path):
+    BertForSequenceClassification(TINY, num_labels=3).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    saved = json.loads(file.read_text())
+    del saved["id2label"], saved["label2id"]
+    file.write_text(json.dumps(saved | {"num_labels": 3}))  # as in old files
+    assert (
+        BertForSequenceClassification.from_pretrained(tmp_path).num_labels == 3
+    )
+    kind = {"problem_type": "multi_label_classification"}
+    file.write_text(json.dumps(saved | kind))
+    with pytest.raises(ValueError, match="multi_label_classification"):
+        BertForSequenceClassification.from_pretrained(tmp_path)
 
 
 def test_the_encoder_of_a_pretrained_model_is_taken_and_the_head_is_new(
