@@ -10,6 +10,7 @@ from torch import nn
 
 from bertnb import (
     BertConfig,
+    BertEncoder,
     BertLayer,
     BertModel,
     BertPooler,
@@ -357,3 +358,10 @@ def test_the_gpu_agrees():
         here = model(ids, mask).last_hidden_state
         there = model.cuda()(ids.cuda(), mask.cuda()).last_hidden_state
     assert (here - there.cpu()).abs().max() < 1e-9
+
+
+def test_the_stack_keeps_only_what_is_asked_for():
+    torch.manual_seed(0)
+    output = BertEncoder(CONFIG).eval()(torch.randn(1, 4, 12))
+    assert output.hidden_states is None
+    assert output.attentions is None

@@ -427,3 +427,11 @@ def test_masking_and_loss_run_on_the_device():
     net = model().cuda()
     loss = net(masked, masked_positions=positions, labels=targets).loss
     assert loss.isfinite()
+
+
+def test_a_compiled_graph_does_not_look_at_values(monkeypatch):
+    bad = torch.tensor([99])
+    with pytest.raises(ValueError, match="99"):
+        check_targets(bad, "labels", 10)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    check_targets(bad, "labels", 10)

@@ -248,6 +248,25 @@ def test_a_record_says_what_made_it(tmp_path, corpus):
     json.dumps(facts)
 
 
+def test_a_record_holds_the_mean_loss_since_the_last_one(tmp_path, corpus):
+    run = PretrainingRun(config_for(tmp_path / "steps", corpus))
+    losses = [report.loss for report in run.steps()]
+    records = pretrain(config_for(tmp_path / "run", corpus)).records
+    means = [sum(losses[:3]) / 3, sum(losses[3:]) / 3]
+    assert [r["training_loss"] for r in records] == pytest.approx(means)
+
+
+@pytest.mark.parametrize(("gib", "size"), [(15, "colab"), (79, "full")])
+def test_a_large_gpu_does_the_full_work(monkeypatch, gib, size):
+    class Gpu:
+        total_memory = gib * 2**30
+
+    monkeypatch.delenv("BERTNB_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Gpu)
+    assert pick_size() == size
+
+
 def test_the_size_of_the_work_follows_the_machine(monkeypatch):
     monkeypatch.delenv("BERTNB_SIZE", raising=False)
     if not torch.cuda.is_available():
