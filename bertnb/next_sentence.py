@@ -4,7 +4,7 @@ Written by tools/extract.py from notebooks/09_next_sentence.md: edit that notebo
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -24,6 +24,9 @@ __all__ = [
     "Pair",
     "sample_pairs",
     "truncate_pair",
+    "original_pairs",
+    "Sampler",
+    "SAMPLERS",
     "next_sentence_loss",
     "NextSentenceOutput",
     "BertForNextSentencePrediction",
@@ -43,6 +46,7 @@ class Pair:
     first: Sentence
     second: Sentence
     label: int  # IS_NEXT or NOT_NEXT
+    documents: tuple[int, int] | None = None  # where the segments come from
 
 
 def sample_pairs(
@@ -61,73 +65,78 @@ def sample_pairs(
     Raises:
         ValueError: fewer than two documents, or no room for two tokens.
     """
-    documents = [[s for s in document if s] for document in documents]
-    documents = [document for document in documents if document]
-    if len(documents) < 2:
+    filled = _filled(documents, max_tokens)
+    if len(filled) < 2:
         raise ValueError(
-            f"documents has {len(documents)} with text: expected at least 2, "
+            f"documents has {len(filled)} with text: expected at least 2, "
             "for a random second segment comes from another document"
         )
-    if max_tokens < 2:
-        raise ValueError(
-            f"max_tokens={max_tokens}: expected at least 2, "
-            "one token for each segment"
-        )
     neighbours = [
-        (number, *split)
-        for number, document in enumerate(documents)
+        (own, *split)
+        for own, (_, document) in enumerate(filled)
         for split in _neighbours(document, max_tokens, rng)
     ]
     rng.shuffle(neighbours)
     half = len(neighbours) // 2
     pairs = []
-    for i, (number, first, second) in enumerate(neighbours):
-        label = NOT_NEXT if i < half else IS_NEXT
-        if label == NOT_NEXT:
-            second = _stranger(documents, number, max_tokens - len(first), rng)
-        pairs.append(
-            Pair(*truncate_pair(first, second, max_tokens, rng), label)
-        )
+    for i, (own, first, second) in enumerate(neighbours):
+        other, label = own, IS_NEXT
+        if i < half:
+            other = rng.randrange(len(filled) - 1)
+            other, label = other + (other >= own), NOT_NEXT
+            # as long as a true second segment, or its length would tell
+            wanted = max_tokens - len(first)
+            second = _stretch(filled[other][1], wanted, rng)
+        first, second = truncate_pair(first, second, max_tokens, rng)
+        numbers = filled[own][0], filled[other][0]
+        pairs.append(Pair(first, second, label, numbers))
     rng.shuffle(pairs)
     return pairs
+
+
+def _filled(
+    documents: Sequence[Sequence[Sentence]], max_tokens: int
+) -> list[tuple[int, list[Sentence]]]:
+    """Return the documents with text and their numbers, without the empty
+    sentences."""
+    if max_tokens < 2:
+        raise ValueError(
+            f"max_tokens={max_tokens}: expected at least 2, "
+            "one token for each segment"
+        )
+    cleaned = [[s for s in document if s] for document in documents]
+    return [(i, document) for i, document in enumerate(cleaned) if document]
 
 
 def _neighbours(
     document: Sequence[Sentence], max_tokens: int, rng: random.Random
 ) -> list[tuple[Sentence, Sentence]]:
     """Group sentences to about `max_tokens`, and cut each group in two."""
-    splits, group = [], []
+    splits: list[tuple[Sentence, Sentence]] = []
+    group: list[Sentence] = []
+    size = 0
     for i, sentence in enumerate(document):
         group.append(sentence)
-        full = sum(map(len, group)) >= max_tokens or i == len(document) - 1
+        size += len(sentence)
+        full = size >= max_tokens or i == len(document) - 1
         if full and len(group) > 1:
             cut = rng.randint(1, len(group) - 1)
             splits.append((_joined(group[:cut]), _joined(group[cut:])))
-            group = []
+            group, size = [], 0
     return splits
 
 
-def _joined(sentences: Sequence[Sentence]) -> Sentence:
+def _joined(sentences: Iterable[Sentence]) -> Sentence:
     return [token for sentence in sentences for token in sentence]
 
 
-def _stranger(
-    documents: Sequence[Sequence[Sentence]],
-    own: int,
-    wanted: int,
-    rng: random.Random,
+def _stretch(
+    document: Sequence[Sentence], wanted: int, rng: random.Random
 ) -> Sentence:
-    """Return sentences from a random place of a random other document.
-
-    They fill the row as a true second segment does: a length that differed
-    between the classes would give the label away.
-    """
-    other = rng.randrange(len(documents) - 1)
-    document = documents[other + (other >= own)]
-    start = rng.randrange(len(document))
+    """Return sentences from a random place on, until `wanted` tokens."""
     segment: Sentence = []
-    for sentence in document[start:]:
-        segment = segment + sentence
+    for i in range(rng.randrange(len(document)), len(document)):
+        segment.extend(document[i])
         if len(segment) >= wanted:
             break
     return segment
@@ -138,11 +147,105 @@ def truncate_pair(
 ) -> tuple[Sentence, Sentence]:
     """Take tokens off the longer segment, at its front or its end by chance,
     until both fit."""
-    first, second = list(first), list(second)
-    while len(first) + len(second) > max_tokens:
-        longer = first if len(first) > len(second) else second
-        longer.pop(0 if rng.random() < 0.5 else -1)
-    return first, second
+    front, sizes = [0, 0], [len(first), len(second)]
+    while sum(sizes) > max_tokens:
+        longer = 0 if sizes[0] > sizes[1] else 1
+        sizes[longer] -= 1
+        front[longer] += rng.random() < 0.5
+    a, b = (slice(f, f + n) for f, n in zip(front, sizes, strict=True))
+    return list(first[a]), list(second[b])
+
+
+# %% The sampler of the original
+def original_pairs(
+    documents: Sequence[Sequence[Sentence]],
+    max_tokens: int,
+    rng: random.Random,
+    short_seq_prob: float = 0.1,
+) -> list[Pair]:
+    """Cut documents into pairs as the original BERT does.
+
+    More than half of the pairs are NOT_NEXT, and with few documents some of
+    these come from the same document; `lint_pairs` counts both. With the
+    probability `short_seq_prob` the pairs of a document aim at a shorter
+    length, uniform in [2, `max_tokens`].
+
+    Raises:
+        ValueError: no document has text, no room for two tokens, or
+            `short_seq_prob` is not a probability.
+    """
+    if not 0 <= short_seq_prob <= 1:
+        raise ValueError(f"short_seq_prob={short_seq_prob}: expected 0 to 1")
+    filled = _filled(documents, max_tokens)
+    if not filled:
+        raise ValueError("documents has none with text: expected at least 1")
+    rng.shuffle(filled)
+    pairs = []
+    for own in range(len(filled)):
+        target = max_tokens
+        if rng.random() < short_seq_prob:
+            target = rng.randint(2, max_tokens)
+        pairs += _original_pairs(filled, own, target, max_tokens, rng)
+    rng.shuffle(pairs)
+    return pairs
+
+
+def _original_pairs(
+    filled: Sequence[tuple[int, Sequence[Sentence]]],
+    own: int,
+    target: int,
+    max_tokens: int,
+    rng: random.Random,
+) -> list[Pair]:
+    """Return the pairs whose first segments are from document `own`."""
+    number, document = filled[own]
+    pairs, start = [], 0
+    while start < len(document):
+        end = _chunk_end(document, start, target)
+        cut = start + 1
+        if end - start > 1:
+            cut = rng.randint(start + 1, end - 1)
+        first = _joined(document[start:cut])
+        if end - start == 1 or rng.random() < 0.5:
+            other, text = filled[_ten_tries(filled, own, rng)]
+            label = NOT_NEXT
+            second = _stretch(text, target - len(first), rng)
+            start = cut  # the rest of the chunk is put back
+        else:
+            label, other = IS_NEXT, number
+            second = _joined(document[cut:end])
+            start = end
+        first, second = truncate_pair(first, second, max_tokens, rng)
+        pairs.append(Pair(first, second, label, (number, other)))
+    return pairs
+
+
+def _chunk_end(document: Sequence[Sentence], start: int, target: int) -> int:
+    """Return the end of the sentences from `start` on that reach `target`."""
+    size = 0
+    for i in range(start, len(document)):
+        size += len(document[i])
+        if size >= target:
+            return i + 1
+    return len(document)
+
+
+def _ten_tries(filled: Sequence[object], own: int, rng: random.Random) -> int:
+    """Draw a document, at most ten times, until it is another one."""
+    for _ in range(10):
+        other = rng.randrange(len(filled))
+        if other != own:
+            break
+    return other
+
+
+Sampler = Callable[
+    [Sequence[Sequence[Sentence]], int, random.Random], list[Pair]
+]
+SAMPLERS: dict[str, Sampler] = {
+    "exact": sample_pairs,
+    "original": original_pairs,
+}
 
 
 def next_sentence_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -157,7 +158,15 @@ def test_empty_sentences_and_documents_are_left_out():
     holed = [[], [documents[0][0], [], documents[0][1]], documents[1], [[]]]
     for seed in range(5):
         expected = sample_pairs(documents, 8, random.Random(seed))
-        assert sample_pairs(holed, 8, random.Random(seed)) == expected
+        found = sample_pairs(holed, 8, random.Random(seed))
+        assert [replace(p, documents=None) for p in found] == [
+            replace(p, documents=None) for p in expected
+        ]
+        for p in found:  # numbers of the documents as they were given
+            for segment, number in zip(
+                (p.first, p.second), p.documents, strict=True
+            ):
+                assert segment[0] in [t for s in holed[number] for t in s]
 
 
 @pytest.mark.parametrize(
