@@ -155,10 +155,12 @@ class BertConfig:
                 change the architecture in a way that this package lacks.
         """
         known = {field.name for field in fields(cls)}
+        for key, allowed in FIXED.items():
+            if key in values and values[key] not in allowed:
+                raise ValueError(
+                    f"{key}={values[key]!r}: only {allowed[0]!r} is supported"
+                )
         for key, value in values.items():
-            if key in FIXED and value not in FIXED[key]:
-                only = FIXED[key][0]
-                raise ValueError(f"{key}={value!r}: only {only!r} is supported")
             if key not in known | FIXED.keys() | IGNORED:
                 names = ", ".join(sorted(known))
                 raise ValueError(
@@ -179,14 +181,21 @@ class BertConfig:
             raise BertnbError(f"{path}: {error}") from error
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | Path) -> "BertConfig":
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> "BertConfig":
         """Read `config.json` from a folder, or from the Hugging Face hub.
 
         Raises:
             FileNotFoundError: there is no such folder, repository or file.
             BertnbError: the file is not JSON, or describes no BERT of ours.
         """
-        return cls.from_json_file(locate(path_or_hub_id, "config.json"))
+        return cls.from_json_file(
+            locate(path_or_hub_id, "config.json", revision, token)
+        )
 
 
 def _is_size(value: Any) -> bool:
@@ -202,8 +211,19 @@ def _is_real(value: Any) -> bool:
 
 
 # %% A folder, or a name on the hub
-def locate(path_or_hub_id: str | Path, filename: str) -> Path:
-    """Return the local path of `filename` in a folder, or download it.
+def locate(
+    path_or_hub_id: str | Path,
+    name: str,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Path:
+    """Return the local path of the file `name` in a folder, or download it.
+
+    Args:
+        path_or_hub_id: a folder, or the name of a repository on the hub.
+        name: the file's name.
+        revision: the repository's branch, tag or commit; a folder has none.
+        token: what the hub asks for where a repository is not public.
 
     Raises:
         FileNotFoundError: neither a folder with that file nor a repository
@@ -211,18 +231,22 @@ def locate(path_or_hub_id: str | Path, filename: str) -> Path:
     """
     folder = Path(path_or_hub_id)
     if folder.is_dir():
-        if not (folder / filename).is_file():
+        if not (folder / name).is_file():
             there = sorted(path.name for path in folder.iterdir())
             raise FileNotFoundError(
-                f"{folder} holds no {filename}; it holds {there}"
+                f"{folder} holds no {name}; it holds {there}"
             )
-        return folder / filename
+        return folder / name
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(str(path_or_hub_id), filename))
+        return Path(
+            hf_hub_download(
+                str(path_or_hub_id), name, revision=revision, token=token
+            )
+        )
     except Exception as error:
         raise FileNotFoundError(
             f"{str(path_or_hub_id)!r} is not a folder, and the hub gave no "
-            f"{filename} under that name: {error}"
+            f"{name} under that name: {error}"
         ) from error

@@ -4,13 +4,16 @@ Written by tools/extract.py from notebooks/00_folders.md: edit that notebook, no
 """
 
 import json
+import os
+import re
 import warnings
 from collections.abc import Collection
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,6 +25,10 @@ __all__ = [
     "HEADS",
     "TIED",
     "OLD_NAMES",
+    "IGNORED_WEIGHTS",
+    "FLOATS",
+    "WEIGHTS",
+    "read_weights",
     "PretrainedModel",
 ]
 
@@ -69,6 +76,11 @@ OLD_NAMES = (
     ("LayerNorm.gamma", "LayerNorm.weight"),
     ("LayerNorm.beta", "LayerNorm.bias"),
 )
+# left out of every file: they hold nothing that was learnt
+IGNORED_WEIGHTS = ("embeddings.position_ids",)
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def _plain(name: str) -> str:
@@ -79,16 +91,17 @@ def _plain(name: str) -> str:
 
 
 def _plain_weights(
-    weights: dict[str, Tensor], source: str
+    weights: dict[str, Tensor], ignore: tuple[str, ...], source: str
 ) -> dict[str, Tensor]:
-    """Return the weights under their plain names, without stored positions."""
+    """Return the weights under their plain names, without the ignored ones."""
+    out = tuple(_plain(prefix) for prefix in ignore)
     plain: dict[str, Tensor] = {}
     for name, weight in weights.items():
         if _plain(name) in plain:
             raise BertnbError(f"{source} holds {_plain(name)} twice")
-        plain[_plain(name)] = weight
-    plain.pop("embeddings.position_ids", None)
-    return plain
+        if _plain(name) not in IGNORED_WEIGHTS:
+            plain[_plain(name)] = weight
+    return {n: w for n, w in plain.items() if not n.startswith(out)}
 
 
 def _drop_copies(weights: dict[str, Tensor], source: str) -> None:
@@ -96,7 +109,8 @@ def _drop_copies(weights: dict[str, Tensor], source: str) -> None:
     for copy, original in TIED.items():
         if copy in weights:
             second = weights.pop(copy)
-            if not torch.equal(weights.setdefault(original, second), second):
+            first = weights.setdefault(original, second)
+            if first.shape != second.shape or (first != second).any():
                 raise BertnbError(
                     f"{source}: {copy} differs from {original}, but BERT "
                     "shares the two"
@@ -120,9 +134,9 @@ def _check_values(
             f"{source}: {name} has shape {tuple(weight.shape)}; this model "
             f"needs {tuple(wanted.shape)}"
         )
-    if not weight.is_floating_point():
+    if weight.dtype not in FLOATS:
         raise BertnbError(f"{source}: {name} holds {weight.dtype}, not floats")
-    if not weight.isfinite().all():
+    if not weight.to(wanted.dtype).isfinite().all():
         raise BertnbError(f"{source}: {name} holds values that are not finite")
 
 
@@ -130,6 +144,131 @@ def _few(names: Collection[str]) -> str:
     """Name the first three, and count the rest."""
     shown = ", ".join(sorted(names)[:3]) or "nothing"
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# %% The file that holds the weights
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def read_weights(
+    path_or_hub_id: str | Path,
+    revision: str | None = None,
+    token: str | None = None,
+) -> tuple[dict[str, Tensor], Path]:
+    """Return the tensors of a folder or repository, and the file they are in.
+
+    The first of `WEIGHTS` that is there is read. Nothing in a file is run.
+
+    Raises:
+        FileNotFoundError: there are no weights, or no such repository.
+        BertnbError: a file is damaged, holds more than tensors, or index and
+            shards contradict each other.
+    """
+    from huggingface_hub.errors import EntryNotFoundError
+
+    missing: list[str] = []
+    for name in WEIGHTS:
+        try:
+            file = locate(path_or_hub_id, name, revision, token)
+        except FileNotFoundError as error:
+            # a folder's answer has no cause; the hub's can be "no such file"
+            if not isinstance(error.__cause__, EntryNotFoundError | None):
+                raise
+            missing.append(str(error))
+            continue
+        if file.suffix != ".json":
+            return _read_tensors(file), file
+        weights: dict[str, Tensor] = {}
+        for shard, keys in _read_index(file).items():
+            try:
+                part = locate(path_or_hub_id, shard, revision, token)
+            except FileNotFoundError as error:
+                raise BertnbError(
+                    f"{file} says that {_few(keys)} is in {shard}: {error}"
+                ) from error
+            tensors = _read_tensors(part)
+            if wrong := tensors.keys() ^ keys:
+                where = "holds" if min(wrong) in tensors else "lacks"
+                raise BertnbError(
+                    f"{part} {where} {min(wrong)}, against {file.name}"
+                )
+            weights |= tensors
+        return weights, file
+    raise FileNotFoundError(
+        f"{missing[0]}. Weights are looked for in {', '.join(WEIGHTS)}"
+    )
+
+
+def _read_index(file: Path) -> dict[str, set[str]]:
+    """Return the names of the shards, each with its keys."""
+    shards: dict[str, set[str]] = {}
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BertnbError(f"{file} has no weight_map with keys and shards")
+    ending = re.escape(file.name.split(".")[1])
+    for key, shard in weight_map.items():
+        plain = isinstance(shard, str) and re.fullmatch(
+            rf"\w[\w.-]*\.{ending}", shard, re.ASCII
+        )
+        if not plain:
+            raise BertnbError(
+                f"{file} wants {key} from {shard!r}; a shard is a file beside "
+                f"it whose name ends in .{ending}"
+            )
+        shards.setdefault(shard, set()).add(key)
+    return shards
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    """Return what a file of tensors holds; run nothing."""
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise BertnbError(
+                f"{file} is no safetensors file: {error}"
+            ) from error
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler's errors are of many kinds
+        reason = str(error).partition("\n")[0]
+        raise BertnbError(
+            f"{file} is damaged, or wants to run code: {reason}"
+        ) from error
+    if not isinstance(tensors, dict):
+        found = type(tensors).__name__
+        raise BertnbError(f"{file} holds a {found}; expected names and tensors")
+    for key, tensor in tensors.items():
+        if (
+            not isinstance(key, str)
+            or not isinstance(tensor, Tensor)
+            or tensor.layout != torch.strided
+            or tensor.device.type != "cpu"
+        ):
+            raise BertnbError(f"{file}: {key!r} is no name with a tensor")
+    return tensors
+
+
+def _locate_config(
+    path_or_hub_id: str | Path, revision: str | None, token: str | None
+) -> Path:
+    """Return `config.json`, or its successor that a killed save left."""
+    left = Path(path_or_hub_id) / "config.json.tmp"
+    weights = Path(path_or_hub_id) / "model.safetensors"
+    if left.is_file() and weights.is_file():
+        digest = sha256(left.read_bytes()).hexdigest()
+        try:
+            with safe_open(weights, "pt") as file:
+                if (file.metadata() or {}).get("config_sha256") == digest:
+                    return left
+        except SafetensorError:
+            pass  # who reads the weights says so
+    return locate(path_or_hub_id, "config.json", revision, token)
 
 
 # %% In and out
@@ -147,30 +286,40 @@ class PretrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls: type[_Model], path_or_hub_id: str | Path, **head_arguments: Any
+        cls: type[_Model],
+        path_or_hub_id: str | Path,
+        revision: str | None = None,
+        token: str | None = None,
+        ignore: tuple[str, ...] = (),
+        **head_arguments: Any,
     ) -> _Model:
         """Build the model of `config.json` and fill it from the weights.
 
         Weights of heads that the model lacks are left out. A head that the
-        file lacks stays at its random start, with a warning.
+        file lacks stays at its random start, with a warning. Numbers of half
+        precision become the model's 32 bits.
+
+        Args:
+            path_or_hub_id: a folder, or the name of a repository on the hub.
+            revision: the repository's branch, tag or commit.
+            token: what the hub asks for where a repository is not public.
+            ignore: how the names begin that are left out on purpose, such as
+                `("cls.species.", "cls.chain.", "cls.graft.")` for the heads
+                that only AntiBERTy has.
+            head_arguments: what the model's head needs beside the
+                configuration, such as `num_labels`; the file's if not given.
 
         Raises:
             FileNotFoundError: no such folder, repository or file.
             BertnbError: a file is damaged, or the weights do not fit; the
                 message names the file and the first keys.
         """
-        file = locate(path_or_hub_id, "config.json")
+        file = _locate_config(path_or_hub_id, revision, token)
         config = BertConfig.from_json_file(file)
         arguments = head_arguments or cls.saved_head_arguments(read_json(file))
+        weights, source = read_weights(path_or_hub_id, revision, token)
         model = cls(config, **arguments)
-        file = locate(path_or_hub_id, "model.safetensors")
-        try:
-            weights = load_file(file)
-        except SafetensorError as error:
-            raise BertnbError(
-                f"{file} is no safetensors file: {error}"
-            ) from error
-        model.load_hf_weights(weights, str(file))
+        model.load_hf_weights(weights, str(source), ignore)
         return model.eval()
 
     @classmethod
@@ -182,10 +331,16 @@ class PretrainedModel(nn.Module):
         """Return what the head adds to `config.json`."""
         return {}
 
-    def load_hf_weights(self, weights: dict[str, Tensor], source: str) -> None:
+    def load_hf_weights(
+        self,
+        weights: dict[str, Tensor],
+        source: str,
+        ignore: tuple[str, ...] = (),
+    ) -> None:
         """Copy tensors with Hugging Face's names into the parameters.
 
-        Strict both ways, and all or nothing.
+        Strict both ways, and all or nothing; names that begin with one of
+        `ignore` are left out.
 
         Raises:
             BertnbError: a key is missing or unexpected, a shape differs, a
@@ -193,7 +348,7 @@ class PretrainedModel(nn.Module):
         """
         state = self.state_dict()
         own = {_plain(hf_name(name)): state[name] for name in state}
-        found = _plain_weights(weights, source)
+        found = _plain_weights(weights, ignore, source)
         if "cls.predictions.bias" in own:
             _drop_copies(found, source)
         new = {n for n in own.keys() - found if _in_absent_head(n, found)}
@@ -204,7 +359,8 @@ class PretrainedModel(nn.Module):
         if missing or unexpected:
             raise BertnbError(
                 f"{source} does not fit {type(self).__name__}: missing "
-                f"{_few(missing)}; unexpected {_few(unexpected)}"
+                f"{_few(missing)}; unexpected {_few(unexpected)} (`ignore` "
+                "leaves out what is named)"
             )
         fitting = [name for name in own if name in found]
         for name in fitting:
@@ -216,7 +372,7 @@ class PretrainedModel(nn.Module):
             warnings.warn(f"{lacks}: they start untrained", stacklevel=3)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`; never half a file."""
+        """Write `config.json` and `model.safetensors`; never half a model."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {
@@ -229,9 +385,13 @@ class PretrainedModel(nn.Module):
             hf_name(name): tensor.contiguous()
             for name, tensor in self.state_dict().items()
         }
-        text = json.dumps(config, indent=2) + "\n"
-        (folder / "config.json.tmp").write_text(text, encoding="utf-8")
+        text = (json.dumps(config, indent=2) + "\n").encode()
+        (folder / "config.json.tmp").write_bytes(text)
+        metadata = {"format": "pt", "config_sha256": sha256(text).hexdigest()}
         temporary = folder / "model.safetensors.tmp"
-        save_file(weights, temporary, metadata={"format": "pt"})
-        for name in ("config.json", "model.safetensors"):
-            (folder / f"{name}.tmp").replace(folder / name)
+        save_file(weights, temporary, metadata=metadata)
+        for name in ("model.safetensors", "config.json"):
+            temporary = folder / f"{name}.tmp"
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())  # on the disk, before it has the name
+            temporary.replace(folder / name)

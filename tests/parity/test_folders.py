@@ -1,6 +1,7 @@
 """Folders against transformers' folders, and against the bytes by hand."""
 
 import json
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -102,7 +103,11 @@ def test_the_file_read_with_json_and_numpy_holds_the_numbers(tmp_path):
     data = (tmp_path / "model.safetensors").read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
-    assert header.pop("__metadata__") == {"format": "pt"}
+    digest = sha256((tmp_path / "config.json").read_bytes()).hexdigest()
+    assert header.pop("__metadata__") == {
+        "format": "pt",
+        "config_sha256": digest,
+    }
     own = {hf_name(name): p for name, p in ours.state_dict().items()}
     assert header.keys() == own.keys()
     for name, entry in header.items():
