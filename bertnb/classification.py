@@ -13,11 +13,12 @@ from bertnb.configuration import BertConfig
 from bertnb.encoder import BertModel
 from bertnb.folders import PretrainedModel
 from bertnb.layers import initialize
-from bertnb.masked_lm import check_targets
+from bertnb.masked_lm import mean_cross_entropy
 
 __all__ = [
     "classification_loss",
-    "SequenceClassifierOutput",
+    "ClassifierOutput",
+    "BertClassifier",
     "BertForSequenceClassification",
 ]
 
@@ -28,38 +29,48 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (B, C) floats.
-        labels: int64 (B,), 0 to C - 1; floats (B,) if C is 1.
+        labels: int64 (B,), 0 to C - 1, or -100 for rows that do not count;
+            floats (B,) or (B, 1) if C is 1.
 
     Raises:
-        ValueError: a label lies outside the classes.
+        TypeError: labels of classes are not int64.
+        ValueError: a shape is wrong, or a label lies outside the classes.
     """
-    if logits.shape[-1] == 1:
-        return F.mse_loss(logits.squeeze(-1).float(), labels.float())
-    check_targets(labels, "labels", logits.shape[-1])
-    return F.cross_entropy(logits.float(), labels)
+    if logits.shape[-1] > 1:
+        return mean_cross_entropy(logits, labels, "labels")
+    if labels.shape not in (logits.shape, logits.shape[:1]):
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}; expected "
+            f"{tuple(logits.shape[:1])}, one number a row"
+        )
+    return F.mse_loss(logits.flatten().float(), labels.flatten().float())
 
 
 @dataclass
-class SequenceClassifierOutput:
-    """What `BertForSequenceClassification` returns."""
+class ClassifierOutput:
+    """What a classifier returns: of a row (B, C), or of each token (B, L, C)."""
 
     loss: Tensor | None
-    logits: Tensor  # (B, num_labels)
+    logits: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
 
-class BertForSequenceClassification(PretrainedModel):
-    """BERT with a linear classifier on the pooled [CLS], (17.1).
+class BertClassifier(PretrainedModel):
+    """An encoder, dropout and a linear head that scores named classes.
+
+    A subclass says what the head reads, `pooled`, and its `loss`.
 
     Args:
         config: the encoder's configuration.
-        num_labels: C; None: 2. With 1 it is a regression.
+        num_labels: C; None: 2.
         labels: the names of the classes, instead of their number.
 
     Raises:
         ValueError: `num_labels` and `labels` say different numbers.
     """
+
+    pooled: bool  # the head reads the pooled [CLS]; False: every token
 
     def __init__(
         self,
@@ -77,7 +88,7 @@ class BertForSequenceClassification(PretrainedModel):
             f"LABEL_{i}" for i in range(num_labels or 2)
         ]
         self.num_labels = len(self.label_names)
-        self.bert = BertModel(config)
+        self.bert = BertModel(config, add_pooling_layer=self.pooled)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         initialize(self.classifier, config.initializer_range)
@@ -87,17 +98,21 @@ class BertForSequenceClassification(PretrainedModel):
         """Return what a `config.json` says of the classes.
 
         Raises:
-            ValueError: it asks for several labels a row at once.
+            ValueError: its `problem_type` asks for another loss than ours.
         """
-        if saved.get("problem_type") == "multi_label_classification":
-            raise ValueError(
-                "problem_type='multi_label_classification': only one class a "
-                "row, or regression, is supported"
-            )
         names = saved.get("id2label")
+        arguments: dict[str, Any] = {"num_labels": saved.get("num_labels")}
         if names:
-            return {"labels": [names[key] for key in sorted(names, key=int)]}
-        return {"num_labels": saved.get("num_labels")}
+            arguments = {"labels": [names[i] for i in sorted(names, key=int)]}
+        count = len(names or ()) or arguments["num_labels"] or 2
+        ours = "regression" if count == 1 else "single_label_classification"
+        kind = saved.get("problem_type")
+        if kind not in (None, ours):
+            raise ValueError(
+                f"problem_type={kind!r} with num_labels={count}: "
+                f"only {ours!r} is supported, one class or number a row"
+            )
+        return arguments
 
     def extra_config(self) -> dict[str, Any]:
         """Return the label names as Hugging Face writes them."""
@@ -108,6 +123,10 @@ class BertForSequenceClassification(PretrainedModel):
             "label2id": {name: i for i, name in enumerate(self.label_names)},
         }
 
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return how wrong the scores (..., C) are."""
+        raise NotImplementedError
+
     def forward(
         self,
         input_ids: Tensor,
@@ -117,12 +136,10 @@ class BertForSequenceClassification(PretrainedModel):
         labels: Tensor | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
-    ) -> SequenceClassifierOutput:
-        """Score the classes, (17.1).
+    ) -> ClassifierOutput:
+        """Score the classes; with `labels`, also the loss.
 
-        `labels` are int64 (B,), and the loss is (17.2); with one label they
-        are floats (B,), and it is the mean squared error. Other arguments as
-        in `BertModel`.
+        Other arguments as in `BertModel`.
         """
         encoded = self.bert(
             input_ids,
@@ -132,8 +149,25 @@ class BertForSequenceClassification(PretrainedModel):
             output_hidden_states,
             output_attentions,
         )
-        logits = self.classifier(self.dropout(encoded.pooler_output))
-        loss = None if labels is None else classification_loss(logits, labels)
-        return SequenceClassifierOutput(
+        vectors = (
+            encoded.pooler_output if self.pooled else encoded.last_hidden_state
+        )
+        logits = self.classifier(self.dropout(vectors))
+        loss = None if labels is None else self.loss(logits, labels)
+        return ClassifierOutput(
             loss, logits, encoded.hidden_states, encoded.attentions
         )
+
+
+class BertForSequenceClassification(BertClassifier):
+    """BERT with a linear classifier on the pooled [CLS], (17.1).
+
+    With `num_labels=1` it is a regression. `labels` of the call are int64
+    (B,), with one label floats (B,).
+    """
+
+    pooled = True
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return `classification_loss`, (17.2)."""
+        return classification_loss(logits, labels)

@@ -22,6 +22,7 @@ __all__ = [
     "MaskedLMHead",
     "gather_positions",
     "masked_lm_loss",
+    "mean_cross_entropy",
     "check_targets",
     "MaskedLMOutput",
     "BertForMaskedLM",
@@ -170,13 +171,28 @@ def masked_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
         targets: int64 (...), the hidden words, -100 where nothing was hidden.
 
     Raises:
+        TypeError: the targets are not int64.
         ValueError: shapes differ, or a target lies outside the vocabulary.
+    """
+    return mean_cross_entropy(logits, targets, "targets")
+
+
+def mean_cross_entropy(logits: Tensor, targets: Tensor, name: str) -> Tensor:
+    """Return (8.5) for any classes, not only words; `name` is what an error calls the targets.
+
+    Args:
+        logits: (..., C) floats, the scores of C classes.
+        targets: int64 (...), 0 to C - 1, or -100 for what does not count.
+
+    Raises:
+        TypeError: the targets are not int64.
+        ValueError: shapes differ, or a target lies outside the classes.
     """
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
-            f"targets has shape {tuple(targets.shape)}; expected {tuple(logits.shape[:-1])} like logits without V"
+            f"{name} has shape {tuple(targets.shape)}; expected {tuple(logits.shape[:-1])}, one for each row of scores"
         )
-    check_targets(targets, "targets", logits.shape[-1])
+    check_targets(targets, name, logits.shape[-1])
     if logits.dtype != torch.float64:
         logits = logits.float()
     total = F.cross_entropy(
@@ -189,7 +205,16 @@ def masked_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def check_targets(targets: Tensor, name: str, size: int) -> None:
-    """Raise ValueError for targets that are neither -100 nor 0..size-1."""
+    """Raise a readable error for targets that are neither -100 nor 0..size-1.
+
+    Raises:
+        TypeError: they are not int64.
+        ValueError: one of them lies outside.
+    """
+    if targets.dtype != torch.int64:
+        raise TypeError(
+            f"{name} has dtype {targets.dtype}; expected torch.int64 (use .long())"
+        )
     if torch.compiler.is_compiling() or targets.numel() == 0:
         return
     wrong = targets[(targets != IGNORE) & ((targets < 0) | (targets >= size))]

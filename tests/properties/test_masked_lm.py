@@ -275,7 +275,9 @@ def test_targets_are_checked_by_name():
         with pytest.raises(ValueError, match=f"targets holds {wrong}; .* 6"):
             masked_lm_loss(logits, targets)
     check_targets(torch.tensor([0, 6, IGNORE]), "labels", 7)
-    check_targets(torch.tensor([]), "labels", 7)
+    check_targets(torch.tensor([]).long(), "labels", 7)
+    with pytest.raises(TypeError, match="labels has dtype torch.float32"):
+        check_targets(torch.tensor([1.0]), "labels", 7)
     with pytest.raises(ValueError, match="labels holds 7"):
         check_targets(torch.tensor([7]), "labels", 7)
 

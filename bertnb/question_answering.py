@@ -1,0 +1,116 @@
+"""Extractive question answering.
+
+Written by tools/extract.py from notebooks/20_question_answering.md: edit that notebook, not this file.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from bertnb.configuration import BertConfig
+from bertnb.encoder import BertModel
+from bertnb.folders import PretrainedModel
+from bertnb.layers import initialize
+from bertnb.masked_lm import IGNORE, mean_cross_entropy
+
+__all__ = ["span_loss", "QuestionAnsweringOutput", "BertForQuestionAnswering"]
+
+
+# %% The code
+def span_loss(
+    start_logits: Tensor,
+    end_logits: Tensor,
+    start_positions: Tensor,
+    end_positions: Tensor,
+) -> Tensor:
+    """Return the mean of the losses of start and end, (20.3).
+
+    Args:
+        start_logits, end_logits: (B, L) floats.
+        start_positions, end_positions: int64 (B,), from 0. A position at or
+            beyond L was cut off with the end of its row, and does not count;
+            nor does -100.
+
+    Raises:
+        TypeError: the positions are not int64.
+        ValueError: a shape is wrong, or a position is negative.
+    """
+    length = start_logits.shape[-1]
+    losses = [
+        mean_cross_entropy(
+            logits, positions.masked_fill(positions >= length, IGNORE), name
+        )
+        for logits, positions, name in (
+            (start_logits, start_positions, "start_positions"),
+            (end_logits, end_positions, "end_positions"),
+        )
+    ]
+    return (losses[0] + losses[1]) / 2
+
+
+@dataclass
+class QuestionAnsweringOutput:
+    """What `BertForQuestionAnswering` returns."""
+
+    loss: Tensor | None
+    start_logits: Tensor  # (B, L)
+    end_logits: Tensor  # (B, L)
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class BertForQuestionAnswering(PretrainedModel):
+    """BERT that scores each token as the start and end of the answer, (20.1)."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        initialize(self.qa_outputs, config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> QuestionAnsweringOutput:
+        """Score the tokens; with both positions, also the loss (20.3).
+
+        Other arguments as in `BertModel`.
+
+        Raises:
+            ValueError: one of the two positions is given without the other.
+        """
+        encoded = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            output_hidden_states,
+            output_attentions,
+        )
+        scores = self.qa_outputs(encoded.last_hidden_state)  # (B, L, 2)
+        start_logits, end_logits = scores.unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = span_loss(
+                start_logits, end_logits, start_positions, end_positions
+            )
+        elif start_positions is not None or end_positions is not None:
+            lacking = "end" if end_positions is None else "start"
+            raise ValueError(
+                f"{lacking}_positions is missing: the loss needs both ends"
+            )
+        return QuestionAnsweringOutput(
+            loss,
+            start_logits,
+            end_logits,
+            encoded.hidden_states,
+            encoded.attentions,
+        )
