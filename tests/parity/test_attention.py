@@ -74,16 +74,17 @@ def largest(one, other):
     return (one - other).abs().max().item()
 
 
+@pytest.mark.equation("1.1", "1.3", "1.5", "1.7")
 @pytest.mark.parametrize("kind", MASKS)
-def test_context_and_weights_equal_a_numpy_transcription(kind):
+def test_context_and_weights_equal_a_numpy_transcription(kind, measured):
     query, key, value = inputs()
     mask = make_mask(kind)
     context, weights = scaled_dot_product_attention(query, key, value, mask)
     expected_context, expected_weights = numpy_attention(
         query, key, value, mask
     )
-    assert largest(context, expected_context) < 1e-12
-    assert largest(weights, expected_weights) < 1e-12
+    measured(largest(context, expected_context), 1e-12)
+    measured(largest(weights, expected_weights), 1e-12)
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -132,7 +133,8 @@ def test_context_equals_torch_where_every_query_has_a_key(kind):
     assert largest(context, theirs) < 1e-12
 
 
-def test_equals_torch_multihead_attention_with_copied_weights():
+@pytest.mark.equation("1.2", "1.4")
+def test_equals_torch_multihead_attention_with_copied_weights(measured):
     torch.manual_seed(0)
     x = torch.randn(2, 6, 8, dtype=torch.float64)
     w_q, w_k, w_v = torch.randn(3, 8, 8, dtype=torch.float64)
@@ -147,12 +149,13 @@ def test_equals_torch_multihead_attention_with_copied_weights():
     context, weights = scaled_dot_product_attention(
         x @ w_q, x @ w_k, x @ w_v, padding[:, None, :]
     )
-    assert largest(context, theirs) < 1e-12
-    assert largest(weights, their_weights) < 1e-12
+    measured(largest(context, theirs), 1e-12)
+    measured(largest(weights, their_weights), 1e-12)
 
 
+@pytest.mark.equation("1.5", "1.7")
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_equals_hugging_face_bert_with_copied_weights(implementation):
+def test_equals_hugging_face_bert_with_copied_weights(implementation, measured):
     from transformers import BertConfig
     from transformers.models.bert.modeling_bert import BertSelfAttention
 
@@ -173,9 +176,9 @@ def test_equals_hugging_face_bert_with_copied_weights(implementation):
     context, weights = scaled_dot_product_attention(
         bert.query(x), bert.key(x), bert.value(x), padding[:, None, :]
     )
-    assert largest(context, theirs) < 1e-12
+    measured(largest(context, theirs), 1e-12)
     if implementation == "eager":
-        assert largest(weights, their_weights[:, 0]) < 1e-12
+        measured(largest(weights, their_weights[:, 0]), 1e-12)
 
 
 def test_the_worked_sentence_gives_the_numbers_done_by_hand():

@@ -50,23 +50,29 @@ def numpy_reference(x, m, heads, mask=None):
     return concat @ linear["output"][0] + linear["output"][1], weights
 
 
-def close(a, b, bound=1e-11):
-    return (torch.as_tensor(a) - torch.as_tensor(b)).abs().max() < bound
+def apart(a, b):
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    assert a.shape == b.shape
+    return a - b
 
 
+@pytest.mark.equation("2.1", "2.2")
 @pytest.mark.parametrize("shape", SHAPES)
-def test_both_paths_equal_the_numpy_loop_without_a_mask(shape):
+def test_both_paths_equal_the_numpy_loop_without_a_mask(shape, measured):
     ours, x, _ = make(*shape)
     out, weights = numpy_reference(x.numpy(), ours, shape[1])
     with torch.no_grad():
         got, got_weights = ours(x, output_attentions=True)
-        assert close(got, out)
-        assert close(got_weights, weights)
-        assert close(ours(x)[0], out)
+        measured(apart(got, out), 1e-11)
+        measured(apart(got_weights, weights), 1e-11)
+        measured(apart(ours(x)[0], out), 1e-11)
 
 
+@pytest.mark.equation("2.1", "2.2")
 @pytest.mark.parametrize("shape", SHAPES)
-def test_both_paths_equal_the_numpy_loop_with_a_mask_of_each_kind(shape):
+def test_both_paths_equal_the_numpy_loop_with_a_mask_of_each_kind(
+    shape, measured
+):
     _, heads, length = shape
     ours, x, keep = make(*shape)
     generator = torch.Generator().manual_seed(1)
@@ -80,13 +86,16 @@ def test_both_paths_equal_the_numpy_loop_with_a_mask_of_each_kind(shape):
         )
         with torch.no_grad():
             got, got_weights = ours(x, mask, output_attentions=True)
-            assert close(got, out)
-            assert close(got_weights, weights)
-            assert close(ours(x, mask)[0], out)
+            measured(apart(got, out), 1e-11)
+            measured(apart(got_weights, weights), 1e-11)
+            measured(apart(ours(x, mask)[0], out), 1e-11)
 
 
+@pytest.mark.equation("2.1")
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_torch_nn_with_copied_weights_and_so_do_the_gradients(shape):
+def test_equals_torch_nn_with_copied_weights_and_so_do_the_gradients(
+    shape, measured
+):
     ours, x, keep = make(*shape)
     theirs = nn.MultiheadAttention(
         shape[0], shape[1], batch_first=True
@@ -104,20 +113,23 @@ def test_equals_torch_nn_with_copied_weights_and_so_do_the_gradients(shape):
         x, x, x, key_padding_mask=~keep, average_attn_weights=False
     )
     got, got_weights = ours(x, keep[:, None, None, :], output_attentions=True)
-    assert close(got, out)
-    assert close(got_weights, weights)
+    measured(apart(got, out), 1e-11)
+    measured(apart(got_weights, weights), 1e-11)
     out.square().sum().backward()
     ours.zero_grad()
     ours(x, keep[:, None, None, :])[0].square().sum().backward()
     grads = torch.cat([p.weight.grad for p in inner])
-    assert close(grads, theirs.in_proj_weight.grad, 1e-9)
-    assert close(ours.output.weight.grad, theirs.out_proj.weight.grad, 1e-9)
+    measured(apart(grads, theirs.in_proj_weight.grad), 1e-9)
+    measured(apart(ours.output.weight.grad, theirs.out_proj.weight.grad), 1e-9)
 
 
+@pytest.mark.equation("2.1", "2.2")
 @pytest.mark.parametrize("direction", ["ours to theirs", "theirs to ours"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_transformers_in_float32(shape, implementation, direction):
+def test_equals_transformers_in_float32(
+    shape, implementation, direction, measured
+):
     ours, x, keep = make(*shape)
     ours, x = ours.float(), x.float()
     hf_config = HFConfig(
@@ -146,13 +158,14 @@ def test_equals_transformers_in_float32(shape, implementation, direction):
         out = theirs.output.dense(context)
         got, got_weights = ours(x, mask, output_attentions=True)
         bound = 1e-5 * max(1.0, float(out.abs().max()))
-        assert close(got, out, bound)
-        assert close(ours(x, mask)[0], out, bound)
+        measured(apart(got, out), bound)
+        measured(apart(ours(x, mask)[0], out), bound)
         if implementation == "eager":
-            assert close(got_weights, weights, 1e-5)
+            measured(apart(got_weights, weights), 1e-5)
 
 
-def test_one_fused_projection_gives_the_same_queries_keys_and_values():
+@pytest.mark.equation("2.5")
+def test_one_fused_projection_gives_the_same_queries_keys_and_values(measured):
     ours, x, _ = make(12, 3, 4)
     inner = (ours.query, ours.key, ours.value)
     fused = nn.Linear(12, 36).double()
@@ -160,4 +173,4 @@ def test_one_fused_projection_gives_the_same_queries_keys_and_values():
         fused.weight.copy_(torch.cat([p.weight for p in inner]))
         fused.bias.copy_(torch.cat([p.bias for p in inner]))
         for part, p in zip(fused(x).chunk(3, dim=-1), inner, strict=True):
-            assert close(part, p(x))
+            measured(apart(part, p(x)), 1e-11)

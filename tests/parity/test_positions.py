@@ -34,36 +34,42 @@ def numpy_table(length, dim):
     return table
 
 
+@pytest.mark.equation("3.6", "3.7")
 @pytest.mark.parametrize("shape", [(1, 2), (5, 4), (40, 16), (600, 6)])
-def test_sinusoids_are_the_float64_table_rounded_to_float32(shape):
+def test_sinusoids_are_the_float64_table_rounded_to_float32(shape, measured):
     ours = sinusoidal_positions(*shape)
     assert ours.dtype == torch.float32
     assert ours.shape == shape
-    difference = np.abs(ours.double().numpy() - numpy_table(*shape)).max()
-    assert difference < 2**-25 + 1e-12  # half the spacing of float32 below 1
+    difference = ours.double().numpy() - numpy_table(*shape)
+    measured(difference, 2**-25 + 1e-12)  # half the spacing of float32 below 1
 
 
-def test_float64_angles_are_exact_at_far_places_too():
+@pytest.mark.equation("3.7")
+def test_float64_angles_are_exact_at_far_places_too(measured):
     ours = sinusoidal_positions(100_000, 4)[-1].double().numpy()
     angle = 99_999 * np.array([1.0, 1.0, 0.01, 0.01])
     theirs = np.where([True, False] * 2, np.sin(angle), np.cos(angle))
-    assert np.abs(ours - theirs).max() < 1e-7
+    measured(ours - theirs, 1e-7)
 
 
-def test_sinusoids_equal_those_of_distilbert():
+@pytest.mark.equation("3.7")
+def test_sinusoids_equal_those_of_distilbert(measured):
     theirs = torch.empty(128, 32)
     create_sinusoidal_embeddings(n_pos=128, dim=32, out=theirs)
-    assert (sinusoidal_positions(128, 32) - theirs).abs().max() < 1e-7
+    measured(sinusoidal_positions(128, 32) - theirs, 1e-7)
 
 
-def test_learned_positions_equal_the_embedding_of_torch_and_its_gradient():
+@pytest.mark.equation("3.9")
+def test_learned_positions_equal_the_embedding_of_torch_and_its_gradient(
+    measured,
+):
     torch.manual_seed(0)
     ours = LearnedPositions(BertConfig(**SMALL))
     theirs = nn.Embedding(16, 8)
     theirs.load_state_dict(ours.state_dict())
     ids = torch.tensor([[0, 1, 2], [15, 1, 0]])
-    assert torch.equal(ours(ids), theirs(ids))
-    assert torch.equal(ours(ids), ours.weight[ids])
+    measured(ours(ids) - theirs(ids), 0)
+    measured(ours(ids) - ours.weight[ids], 0)
     ours(ids).square().sum().backward()
     theirs(ids).square().sum().backward()
     assert torch.equal(ours.weight.grad, theirs.weight.grad)

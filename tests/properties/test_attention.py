@@ -84,13 +84,14 @@ def test_one_vector_added_to_all_keys_changes_nothing(attend):
     )
 
 
+@pytest.mark.equation("1.6")
 @pytest.mark.parametrize("d", [64, 512])
-def test_scaled_scores_have_variance_one_at_every_size(d):
+def test_scaled_scores_have_variance_one_at_every_size(d, measured):
     query, key = normal(0, (300, d), (300, d))
     value = torch.eye(300).double()
     _, weights = scaled_dot_product_attention(query, key, value)
     scores = weights.log()  # the scores, each row shifted by a number
-    assert abs(scores.var(dim=-1).mean().item() - 1) < 0.05
+    measured(scores.var(dim=-1).mean() - 1, 0.05)
 
 
 # masks
@@ -258,7 +259,21 @@ def test_gradients_equal_finite_differences():
         )
 
 
-def test_gradients_equal_the_equations_of_the_chapter():
+@pytest.mark.equation("1.9")
+def test_the_softmax_has_the_jacobian_of_the_chapter(measured):
+    (scores,) = normal(0, (1, 5))
+    key = 5**0.5 * torch.eye(5).double()  # so that the scores are the query
+
+    def row(query):
+        return scaled_dot_product_attention(query, key, key)[1][0]
+
+    jacobian = torch.autograd.functional.jacobian(row, scores)[:, 0]
+    p = row(scores)
+    measured(jacobian - (p.diag() - torch.outer(p, p)), 1e-12)
+
+
+@pytest.mark.equation("1.8", "1.10", "1.11")
+def test_gradients_equal_the_equations_of_the_chapter(measured):
     leaves = normal(0, (3, 4), (5, 4), (5, 2))
     for t in leaves:
         t.requires_grad_()
@@ -272,7 +287,7 @@ def test_gradients_equal_the_equations_of_the_chapter():
     d_scores = weights * (d_weights - mean)  # (1.10)
     d_query, d_key = d_scores @ key / 2, d_scores.T @ query / 2  # (1.11)
     for ours, theirs in zip((d_query, d_key, d_value), automatic, strict=True):
-        torch.testing.assert_close(ours, theirs)
+        measured(ours - theirs, 1e-12)
 
 
 # dropout

@@ -31,6 +31,7 @@ def states(*shape, seed=1):
 # splitting and merging
 
 
+@pytest.mark.equation("2.5")
 def test_a_head_gets_neighbouring_features_of_every_token():
     x = 10 * torch.arange(3)[:, None] + torch.arange(4)  # token t, feature f
     first = [[0, 1], [10, 11], [20, 21]]
@@ -68,7 +69,8 @@ def test_heads_that_do_not_divide_the_features_are_named(heads):
 # the formula
 
 
-def test_concat_and_project_is_a_sum_over_heads():
+@pytest.mark.equation("2.3", "2.4")
+def test_concat_and_project_is_a_sum_over_heads(measured):
     block, x = make(), states(2, 5, 12)
     with torch.no_grad():
         out, weights = block(x, output_attentions=True)
@@ -78,7 +80,7 @@ def test_concat_and_project_is_a_sum_over_heads():
             value = x @ block.value.weight[own].T + block.value.bias[own]
             head = weights[:, i] @ value
             total = total + head @ block.output.weight[:, own].T
-    assert (out - total).abs().max() < 1e-12
+    measured(out - total, 1e-12)
 
 
 def test_each_head_sees_every_feature_of_the_input():
@@ -100,6 +102,7 @@ def test_heads_may_be_renumbered():
     assert (block(x)[0] - before).abs().max() < 1e-12
 
 
+@pytest.mark.equation("2.8")
 def test_parameters_and_names_do_not_depend_on_the_number_of_heads():
     for heads in (1, 2, 6):
         block = make(12, heads)

@@ -51,13 +51,16 @@ def rotation(k, dim):
 # attention without positions
 
 
+@pytest.mark.equation("3.1", "3.2")
 @settings(max_examples=20, deadline=None)
 @given(st.permutations(range(6)))
-def test_attention_commutes_with_every_reordering_of_the_tokens(order):
+def test_attention_commutes_with_every_reordering_of_the_tokens(
+    measured, order
+):
     attend, x = attention(), states(6, 8)
     moved = attend(x[order])[0]
-    assert (moved - attend(x)[0][order]).abs().max() < 1e-12
-    assert (moved.mean(0) - attend(x)[0].mean(0)).abs().max() < 1e-12
+    measured(moved - attend(x)[0][order], 1e-12)
+    measured(moved.mean(0) - attend(x)[0].mean(0), 1e-12)
 
 
 def test_a_mask_must_be_reordered_along():
@@ -93,22 +96,24 @@ def test_the_first_pair_turns_by_one_radian_a_step():
         assert math.isclose(rows[p, 3], math.cos(p / 100), abs_tol=1e-7)
 
 
+@pytest.mark.equation("3.4", "3.5")
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 12).map(lambda n: 2 * n), st.integers(-20, 20))
-def test_a_step_of_k_is_one_rotation_for_all_places(dim, k):
+def test_a_step_of_k_is_one_rotation_for_all_places(measured, dim, k):
     rows = sinusoidal_positions(64, dim).double()
     first, last = max(0, -k), 64 - max(0, k)
     turned = rows[first:last] @ rotation(k, dim).T
-    assert (turned - rows[first + k : last + k]).abs().max() < 1e-6
+    measured(turned - rows[first + k : last + k], 1e-6)
 
 
+@pytest.mark.equation("3.8")
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 12).map(lambda n: 2 * n), st.integers(0, 30))
-def test_the_dot_product_depends_on_the_distance_alone(dim, k):
+def test_the_dot_product_depends_on_the_distance_alone(measured, dim, k):
     rows = sinusoidal_positions(64, dim).double()
     dots = (rows[: 64 - k] * rows[k:]).sum(-1)
     expected = (k * frequencies(dim)).cos().sum()
-    assert (dots - expected).abs().max() < 1e-5
+    measured(dots - expected, 1e-5)
 
 
 def test_all_rows_have_the_same_length_and_no_two_are_alike():
