@@ -35,8 +35,11 @@ def batch():
     return ids, mask, segments
 
 
+@pytest.mark.equation("17.1", "17.2")
 @pytest.mark.parametrize("num_labels", [1, 2, 5])
-def test_equal_to_transformers_in_both_directions(tmp_path, num_labels):
+def test_equal_to_transformers_in_both_directions(
+    tmp_path, num_labels, measured
+):
     torch.manual_seed(num_labels)
     ours = BertForSequenceClassification(TINY, num_labels=num_labels).eval()
     ours.save_pretrained(tmp_path / "ours")
@@ -51,10 +54,9 @@ def test_equal_to_transformers_in_both_directions(tmp_path, num_labels):
     theirs = peer.eval()(ids, mask, segments, labels=labels)
     for model in (ours, back):
         mine = model(ids, mask, segments, labels=labels)
-        torch.testing.assert_close(
-            mine.logits, theirs.logits, atol=1e-5, rtol=0
-        )
-        torch.testing.assert_close(mine.loss, theirs.loss, atol=1e-5, rtol=0)
+        assert mine.logits.shape == theirs.logits.shape
+        measured(mine.logits - theirs.logits, 1e-5)
+        measured(mine.loss - theirs.loss, 1e-5)
     mine = ours(ids, mask, segments, labels=labels)
     mine.loss.backward()
     theirs.loss.backward()
@@ -63,20 +65,37 @@ def test_equal_to_transformers_in_both_directions(tmp_path, num_labels):
         (ours.bert.pooler.dense.weight, peer.bert.pooler.dense.weight),
     ]
     for a, b in pairs:
-        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=0)
+        measured(a.grad - b.grad, 1e-5)
 
 
-def test_the_loss_is_the_formula():
+@pytest.mark.equation("17.1")
+def test_the_scores_are_the_formula_in_numpy(measured):
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(TINY, num_labels=3).double().eval()
+    torch.nn.init.normal_(model.classifier.bias)
+    ids, mask, segments = batch()
+    with torch.no_grad():
+        pooled = model.bert(ids, mask, segments).pooler_output.numpy()
+        scores = model(ids, mask, segments).logits.numpy()
+    weight, bias = (p.detach().numpy() for p in model.classifier.parameters())
+    for row in range(4):
+        for label in range(3):
+            expected = sum(pooled[row] * weight[label]) + bias[label]
+            measured(scores[row, label] - expected, 1e-12)
+
+
+@pytest.mark.equation("17.2")
+def test_the_loss_is_the_formula(measured):
     rng = np.random.default_rng(0)
     scores, y = rng.normal(size=(6, 4)), rng.integers(4, size=6)
     log_p = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
     expected = -log_p[np.arange(6), y].mean()
     loss = classification_loss(torch.tensor(scores), torch.tensor(y))
-    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    measured(loss.item() - expected, 1e-6)
     column, target = rng.normal(size=(6, 1)), rng.normal(size=6)
     squared = ((column[:, 0] - target) ** 2).mean()
     loss = classification_loss(torch.tensor(column), torch.tensor(target))
-    assert loss.item() == pytest.approx(squared, abs=1e-6)
+    measured(loss.item() - squared, 1e-6)
 
 
 def test_labels_keep_their_names(tmp_path):

@@ -69,9 +69,10 @@ def cases(draw):
     return config, batch, g.initial_seed()
 
 
+@pytest.mark.equation("6.2", "6.3", "6.4")
 @settings(max_examples=25, deadline=None)
 @given(cases())
-def test_states_weights_and_pooled_vector_equal_transformers(case):
+def test_states_weights_and_pooled_vector_equal_transformers(measured, case):
     config, batch, seed = case
     torch.manual_seed(seed)
     ours = randomize(BertModel(config))
@@ -89,13 +90,13 @@ def test_states_weights_and_pooled_vector_equal_transformers(case):
         fast = ours(**batch)
     assert torch.equal(a.last_hidden_state, c.last_hidden_state)
     assert torch.equal(a.pooler_output, c.pooler_output)
-    assert close(fast.last_hidden_state, b.last_hidden_state, bound)
-    assert close(a.pooler_output, b.pooler_output, bound)
+    measured(fast.last_hidden_state - b.last_hidden_state, bound)
+    measured(a.pooler_output - b.pooler_output, bound)
     for field in ("hidden_states", "attentions"):
         assert len(getattr(a, field)) == len(getattr(b, field))
         for one, two in zip(getattr(a, field), getattr(b, field), strict=True):
             assert one.shape == two.shape
-            assert close(one, two, bound)
+            measured(one - two, bound)
 
 
 @settings(max_examples=15, deadline=None)
@@ -194,8 +195,9 @@ def numpy_bert(p, config, ids, mask, segments):
     return np.stack(states), np.stack(pooled)
 
 
+@pytest.mark.equation("6.1", "6.2", "6.3", "6.4")
 @pytest.mark.parametrize("eps", [1e-12, 0.1])
-def test_the_model_equals_a_numpy_transcription(eps):
+def test_the_model_equals_a_numpy_transcription(eps, measured):
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=11,
@@ -216,12 +218,13 @@ def test_the_model_equals_a_numpy_transcription(eps):
         batch[name].numpy() for name in ("input_ids", "token_type_ids")
     )
     states, pooled = numpy_bert(numbers, config, ids, mask, segments)
-    assert close(out.last_hidden_state, torch.from_numpy(states), 1e-11)
-    assert close(out.pooler_output, torch.from_numpy(pooled), 1e-11)
+    measured(out.last_hidden_state - torch.from_numpy(states), 1e-11)
+    measured(out.pooler_output - torch.from_numpy(pooled), 1e-11)
 
 
+@pytest.mark.equation("6.1")
 @pytest.mark.parametrize(("act", "name"), [("gelu", "gelu"), ("relu", "relu")])
-def test_a_layer_equals_torch_nn(act, name):
+def test_a_layer_equals_torch_nn(act, name, measured):
     torch.manual_seed(0)
     config = BertConfig(
         hidden_size=12,
@@ -259,9 +262,10 @@ def test_a_layer_equals_torch_nn(act, name):
     with torch.no_grad():
         a = ours(x, keep[:, None, None])[0]
         b = theirs(x, src_key_padding_mask=~keep)
-    assert close(a[keep], b[keep], 1e-11)
+    measured(a[keep] - b[keep], 1e-11)
 
 
+@pytest.mark.equation("6.5")
 @pytest.mark.parametrize(
     ("layers", "size", "total"),
     [

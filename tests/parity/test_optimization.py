@@ -37,7 +37,8 @@ class Quadratic(nn.Module):
         return Loss((both + (self.bias - target[0]).square().sum()) / 2)
 
 
-def test_adamw_equals_the_formula_in_numpy_over_100_steps():
+@pytest.mark.equation("11.1", "11.3", "11.4", "11.6")
+def test_adamw_equals_the_formula_in_numpy_over_100_steps(measured):
     """Rates, decays and eps that would each show."""
     torch.manual_seed(1)
     layer = nn.Linear(5, 3).double()
@@ -60,7 +61,7 @@ def test_adamw_equals_the_formula_in_numpy_over_100_steps():
             theta[i] = theta[i] - abs(rate) * step
         optimizer.step()
     for p, expected in zip(layer.parameters(), theta, strict=True):
-        assert np.abs(p.detach().numpy() - expected).max() < 1e-13
+        measured(p.detach().numpy() - expected, 1e-13)
 
 
 def test_the_constants_are_the_originals():
@@ -74,15 +75,18 @@ def test_the_constants_are_the_originals():
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.01, 0.0)
 
 
+@pytest.mark.equation("11.7")
 @pytest.mark.parametrize(
     ("warmup", "total"), [(0, 10), (10, 100), (7, 7), (1, 2), (0, 1)]
 )
-def test_the_schedule_equals_hugging_faces_at_every_step(warmup, total):
+def test_the_schedule_equals_hugging_faces_at_every_step(
+    warmup, total, measured
+):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     theirs = get_linear_schedule_with_warmup(optimizer, warmup, total)
     for step in range(total + 5):
         expected = theirs.lr_lambdas[0](step)
-        assert linear_warmup_decay(step, warmup, total) == expected
+        measured(linear_warmup_decay(step, warmup, total) - expected, 0)
 
 
 def numpy_train(targets, rates, decay, bound):
@@ -104,7 +108,8 @@ def numpy_train(targets, rates, decay, bound):
     return theta, norms
 
 
-def test_the_whole_loop_equals_numpy_with_clipping_and_schedule():
+@pytest.mark.equation("11.1", "11.3", "11.6", "11.7", "11.8")
+def test_the_whole_loop_equals_numpy_with_clipping_and_schedule(measured):
     torch.manual_seed(2)
     scales = [0.1, 5.0, 0.5, 20.0, 1.0, 0.2] * 3
     targets = [s * torch.randn(4, 3, dtype=torch.float64) for s in scales]
@@ -116,8 +121,8 @@ def test_the_whole_loop_equals_numpy_with_clipping_and_schedule():
     )
     theta, norms = numpy_train([t.numpy() for t in targets], rates, 0.01, 3.0)
     for p, expected in zip(model.parameters(), theta, strict=True):
-        assert np.abs(p.detach().numpy() - expected).max() < 1e-12
-    assert [r.grad_norm for r in reports] == pytest.approx(norms, abs=1e-12)
+        measured(p.detach().numpy() - expected, 1e-12)
+    measured(np.subtract([r.grad_norm for r in reports], norms), 1e-12)
     assert [r.learning_rate for r in reports] == rates
     assert [r.step for r in reports] == list(range(18))
 

@@ -76,6 +76,7 @@ def test_the_heads_divide_the_hidden_size():
         BertConfig(num_attention_heads=5)
 
 
+@pytest.mark.equation("0.2")
 @pytest.mark.parametrize(("h", "a", "d"), [(768, 12, 64), (6, 6, 1), (5, 1, 5)])
 def test_the_head_size_is_the_share_of_one_head(h, a, d):
     config = BertConfig(hidden_size=h, num_attention_heads=a)

@@ -69,10 +69,28 @@ def test_padding_width_changes_nothing():
     close(module()(wide)[:, :5], module()(IDS))
 
 
-def test_one_hot_times_table_is_the_look_up():
+@pytest.mark.equation("5.2")
+def test_one_hot_times_table_is_the_look_up(measured):
     table = module().word_embeddings.weight
     onehot = torch.nn.functional.one_hot(IDS, 40).double()
-    assert torch.equal(onehot @ table, table[IDS])
+    measured(onehot @ table - module().word_embeddings(IDS), 0)
+
+
+@pytest.mark.equation("5.4")
+def test_the_gradient_of_a_row_is_the_sum_over_its_places(measured):
+    embed, sums = module(), []
+
+    def keep(norm, arguments):
+        arguments[0].retain_grad()
+        sums.append(arguments[0])
+
+    embed.LayerNorm.register_forward_pre_hook(keep)
+    (embed(IDS) * torch.randn(2, 5, 12)).sum().backward()
+    expected = torch.zeros(40, 12).double()
+    for row, word in enumerate(IDS):
+        for place, number in enumerate(word):
+            expected[number] += sums[0].grad[row, place]
+    measured(embed.word_embeddings.weight.grad - expected, 1e-12)
 
 
 def test_only_rows_that_occur_get_a_gradient():

@@ -174,6 +174,7 @@ class Double(nn.Module):
         return 2 * x
 
 
+@pytest.mark.equation("6.1")
 def test_dropout_stands_on_each_branch_before_the_sum():
     """With "multiply by 2" in its place, (6.1) can be written down."""
     torch.manual_seed(0)
@@ -224,13 +225,14 @@ def test_states_and_weights_come_on_request_only():
         assert (w[1, :, :, 3:] == 0).all()
 
 
-def test_the_pooler_reads_the_first_token_only():
+@pytest.mark.equation("6.3")
+def test_the_pooler_reads_the_first_token_only(measured):
     torch.manual_seed(0)
     pooler = BertPooler(CONFIG)
     x = torch.randn(2, 4, 12)
     other = torch.cat((x[:, :1], torch.randn(2, 3, 12)), dim=1)
     expected = torch.tanh(x[:, 0] @ pooler.dense.weight.T + pooler.dense.bias)
-    assert (pooler(x) - expected).abs().max() < 1e-6
+    measured(pooler(x) - expected, 1e-6)
     assert torch.equal(pooler(x), pooler(other))
 
 
@@ -284,6 +286,7 @@ def test_every_part_starts_as_the_configuration_says(spread):
             assert 0.6 * spread < parameter.std() < 1.1 * spread, name
 
 
+@pytest.mark.equation("6.5")
 @settings(max_examples=25, deadline=None)
 @given(*[st.integers(1, 30)] * 7)
 def test_the_count_is_that_of_the_model(v, m, t, n, a, d, f):

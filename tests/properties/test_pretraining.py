@@ -74,7 +74,38 @@ def labelled_batch():
     return ids, positions, targets, torch.tensor([0, 1, 1])
 
 
-def test_the_loss_is_the_sum_of_the_two_means():
+@pytest.mark.equation("12.1")
+def test_the_loss_is_the_equation_one_row_after_the_other(measured):
+    model = BertForPreTraining(replace(SMALL, initializer_range=0.5)).double()
+    ids, positions, targets, order = labelled_batch()
+    out = model.eval()(
+        ids,
+        labels=targets,
+        next_sentence_label=order,
+        masked_positions=positions,
+    )
+
+    def surprise(scores, label):
+        exponentials = [math.exp(score) for score in scores]
+        return -math.log(exponentials[label] / sum(exponentials))
+
+    words = [
+        surprise(out.prediction_logits[row, place].tolist(), word)
+        for row, labels in enumerate(targets.tolist())
+        for place, word in enumerate(labels)
+        if word != -100
+    ]
+    pairs = [
+        surprise(out.seq_relationship_logits[row].tolist(), label)
+        for row, label in enumerate(order.tolist())
+    ]
+    assert (len(words), len(pairs)) == (5, 3)
+    expected = sum(words) / 5 + sum(pairs) / 3
+    measured(out.loss.item() - expected, 1e-5)  # the loss is float32
+
+
+@pytest.mark.equation("12.1")
+def test_the_loss_is_the_sum_of_the_two_means(measured):
     model = BertForPreTraining(SMALL).eval()
     ids, positions, targets, order = labelled_batch()
     out = model(
@@ -85,11 +116,11 @@ def test_the_loss_is_the_sum_of_the_two_means():
     )
     words = masked_lm_loss(out.prediction_logits, targets)
     pairs = next_sentence_loss(out.seq_relationship_logits, order)
-    assert out.loss.item() == pytest.approx((words + pairs).item(), abs=1e-6)
+    measured(out.loss - (words + pairs), 1e-6)
     only_words = model(ids, labels=targets, masked_positions=positions)
     only_pairs = model(ids, next_sentence_label=order)
-    assert only_words.loss.item() == pytest.approx(words.item(), abs=1e-6)
-    assert only_pairs.loss.item() == pytest.approx(pairs.item(), abs=1e-6)
+    measured(only_words.loss - words, 1e-6)
+    measured(only_pairs.loss - pairs, 1e-6)
     assert model(ids).loss is None
 
 
