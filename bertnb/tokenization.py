@@ -4,13 +4,16 @@ Written by tools/extract.py from notebooks/07_wordpiece.md: edit that notebook, 
 """
 
 import json
+import unicodedata
 from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
+from string import punctuation
 from typing import Any
 
 import torch
 from tokenizers import (
+    AddedToken,
     Encoding,
     Tokenizer,
     decoders,
@@ -24,9 +27,14 @@ from tokenizers.trainers import WordPieceTrainer
 from bertnb.configuration import BertnbError, locate, read_json
 
 __all__ = [
+    "CHINESE_RANGES",
+    "is_control",
+    "is_whitespace",
+    "is_punctuation",
+    "is_chinese",
+    "basic_tokenize",
     "MAX_WORD_CHARACTERS",
     "wordpiece",
-    "Token",
     "SPECIAL_TOKENS",
     "WordPieceTokenizer",
     "check_texts",
@@ -34,17 +42,88 @@ __all__ = [
 ]
 
 
-# %% The rule: the longest piece, from the left
+# %% From text to words: five rules
+CHINESE_RANGES = (  # first and last code point
+    (0x4E00, 0x9FFF),
+    (0x3400, 0x4DBF),
+    (0x20000, 0x2A6DF),
+    (0x2A700, 0x2B73F),
+    (0x2B740, 0x2B81F),
+    (0x2B820, 0x2CEAF),
+    (0xF900, 0xFAFF),
+    (0x2F800, 0x2FA1F),
+)
+
+
+def is_control(character: str) -> bool:
+    """Return whether a character is dropped: the controls and formats of Unicode, but for tab and line ends."""
+    return character not in "\t\n\r" and (
+        unicodedata.category(character) in ("Cc", "Cf")
+    )
+
+
+def is_whitespace(character: str) -> bool:
+    """Return whether a character becomes a space: tab, line ends, and the spaces of Unicode."""
+    return character in "\t\n\r" or unicodedata.category(character) == "Zs"
+
+
+def is_punctuation(character: str) -> bool:
+    """Return whether a character is a word of its own: the signs of ASCII, and what Unicode calls punctuation."""
+    return character in punctuation or unicodedata.category(character)[0] == "P"
+
+
+def is_chinese(character: str) -> bool:
+    """Return whether a character is a Chinese one; kana and hangul are not."""
+    return any(a <= ord(character) <= b for a, b in CHINESE_RANGES)
+
+
+def basic_tokenize(
+    text: str, lowercase: bool = True, strip_accents: bool | None = None
+) -> list[str]:
+    """Cut a text into words by the rules of the original BERT.
+
+    Args:
+        strip_accents: remove accents; None: as `lowercase`, the only way the original knows.
+    """
+    strip = lowercase if strip_accents is None else strip_accents
+    clean = ""
+    for c in text:
+        if is_whitespace(c):
+            clean += " "
+        elif is_chinese(c):
+            clean += f" {c} "
+        elif c != "\ufffd" and not is_control(c):
+            clean += c
+    words = []
+    for word in clean.split():
+        if lowercase:
+            word = word.lower()
+        if strip:
+            word = "".join(
+                c
+                for c in unicodedata.normalize("NFD", word)
+                if unicodedata.category(c) != "Mn"
+            )
+        apart = (f" {c} " if is_punctuation(c) else c for c in word)
+        words += "".join(apart).split()
+    return words
+
+
+# %% From a word to pieces: the longest, from the left
 MAX_WORD_CHARACTERS = 100
 
 
-def wordpiece(word: str, vocabulary: set[str] | dict[str, int]) -> list[str]:
+def wordpiece(
+    word: str,
+    vocabulary: set[str] | dict[str, int],
+    max_input_chars_per_word: int = MAX_WORD_CHARACTERS,
+) -> list[str]:
     """Cut a word into the longest pieces of the vocabulary, from the left, (7.1).
 
-    Pieces after the first begin with `##`. A word that cannot be cut, or is
-    longer than 100 characters, becomes `[UNK]` as a whole.
+    Pieces after the first begin with `##`. A word that cannot be cut, or has
+    more than `max_input_chars_per_word` characters, becomes `[UNK]` as a whole.
     """
-    if len(word) > MAX_WORD_CHARACTERS:
+    if len(word) > max_input_chars_per_word:
         return ["[UNK]"]
     pieces, start = [], 0
     while start < len(word):
@@ -60,7 +139,6 @@ def wordpiece(word: str, vocabulary: set[str] | dict[str, int]) -> list[str]:
 
 
 # %% The tokenizer
-Token = tuple[int, int, int, tuple[int, int]]  # id, segment, mask, offsets
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -71,9 +149,14 @@ class WordPieceTokenizer:
         vocabulary: piece -> id, with the five special tokens.
         lowercase: lower-case the text.
         strip_accents: remove accents; None: as `lowercase`.
+        never_split: pieces of the vocabulary that are kept as they are, capitals and all, where they stand in a text
+            with no letter, digit or `_` beside them.
+        max_input_chars_per_word: longer words become [UNK]; 100 in Hugging Face, 200 in the original.
 
     Raises:
-        ValueError: a special token is missing, or the ids are not 0..V-1.
+        TypeError: `never_split` is one text.
+        ValueError: a special token or one of `never_split` is missing, the ids are not 0..V-1, or the length of a word
+            is no positive number.
     """
 
     def __init__(
@@ -81,31 +164,43 @@ class WordPieceTokenizer:
         vocabulary: dict[str, int],
         lowercase: bool = True,
         strip_accents: bool | None = None,
+        never_split: Iterable[str] = (),
+        max_input_chars_per_word: int = MAX_WORD_CHARACTERS,
     ) -> None:
-        absent = [t for t in SPECIAL_TOKENS if t not in vocabulary]
-        if absent:
+        if isinstance(never_split, str):
+            raise TypeError(f"never_split={never_split!r}; expected a list")
+        self.never_split = tuple(never_split)
+        needed = (*SPECIAL_TOKENS, *self.never_split)
+        if absent := [piece for piece in needed if piece not in vocabulary]:
             raise ValueError(f"vocabulary lacks {', '.join(absent)}")
         if sorted(vocabulary.values()) != list(range(len(vocabulary))):
             raise ValueError(
                 "vocabulary must number its pieces 0, 1, 2, ... without gaps or repeats"
             )
+        if max_input_chars_per_word < 1:
+            raise ValueError(
+                f"max_input_chars_per_word={max_input_chars_per_word}; expected 1 or more"
+            )
         self.vocabulary = dict(vocabulary)
         self.lowercase, self.strip_accents = lowercase, strip_accents
+        self.max_input_chars_per_word = max_input_chars_per_word
         self.vocab_size = len(vocabulary)
         self.pad_token_id = vocabulary["[PAD]"]
         self.unk_token_id = vocabulary["[UNK]"]
         self.cls_token_id = vocabulary["[CLS]"]
         self.sep_token_id = vocabulary["[SEP]"]
         self.mask_token_id = vocabulary["[MASK]"]
-        self._plain, self._special = self._build(), self._build()
-        # this one reads "[MASK]" in a text as the token, and is the one saved
-        self._special.add_special_tokens(list(SPECIAL_TOKENS))
+        # the second reads "[MASK]" in a text as the token, and is the one saved
+        self._plain, self._special = (
+            self._build(()),
+            self._build(SPECIAL_TOKENS),
+        )
 
-    def _build(self) -> Tokenizer:
+    def _build(self, special: tuple[str, ...]) -> Tokenizer:
         model = WordPiece(
             self.vocabulary,
             unk_token="[UNK]",
-            max_input_chars_per_word=MAX_WORD_CHARACTERS,
+            max_input_chars_per_word=self.max_input_chars_per_word,
         )
         tokenizer = Tokenizer(model)
         tokenizer.normalizer = normalizers.BertNormalizer(
@@ -117,6 +212,14 @@ class WordPieceTokenizer:
         tokenizer.post_processor = processors.BertProcessing(
             ("[SEP]", self.sep_token_id), ("[CLS]", self.cls_token_id)
         )
+        tokenizer.add_special_tokens(list(special))
+        tokenizer.add_tokens(
+            [
+                AddedToken(piece, single_word=True, normalized=False)
+                for piece in self.never_split
+                if piece not in special
+            ]
+        )
         return tokenizer
 
     @classmethod
@@ -127,7 +230,7 @@ class WordPieceTokenizer:
         lowercase: bool = True,
         strip_accents: bool | None = None,
     ) -> "WordPieceTokenizer":
-        """Learn a vocabulary of at most `vocab_size` pieces by (7.2) from texts (read twice, so kept in memory).
+        """Learn a vocabulary of at most `vocab_size` pieces by (7.5) from texts (read twice, so kept in memory).
 
         The special tokens get the ids 0 to 4. The same texts give the same vocabulary.
 
@@ -159,22 +262,34 @@ class WordPieceTokenizer:
 
     @classmethod
     def from_pretrained(
-        cls, path_or_hub_id: str | Path, lowercase: bool | None = None
+        cls,
+        path_or_hub_id: str | Path,
+        lowercase: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
     ) -> "WordPieceTokenizer":
         """Read `vocab.txt`, or else `tokenizer.json`, of a folder or of the hub.
 
         Args:
             lowercase: None: as `tokenizer_config.json` or `tokenizer.json` says, else True.
+            revision: of a repository on the hub: its branch, tag or commit.
+            token: what the hub asks for where a repository is not public.
 
         Raises:
             FileNotFoundError: there is neither file.
             BertnbError: a file is damaged, holds another kind of tokenizer, or a setting that is not supported.
         """
         try:
-            vocabulary, settings = read_vocabulary(path_or_hub_id)
-            if lowercase is None:
-                lowercase = settings["do_lower_case"]
-            return cls(vocabulary, lowercase, settings["strip_accents"])
+            vocabulary, settings = read_vocabulary(
+                path_or_hub_id, revision, token
+            )
+            return cls(
+                vocabulary,
+                settings["do_lower_case"] if lowercase is None else lowercase,
+                settings["strip_accents"],
+                settings["never_split"],
+                settings["max_input_chars_per_word"],
+            )
         except ValueError as error:
             raise BertnbError(f"{path_or_hub_id}: {error}") from error
 
@@ -240,7 +355,7 @@ class WordPieceTokenizer:
         allow_special: bool = False,
         return_offsets: bool = False,
     ) -> dict[str, Any]:
-        """Encode texts, or pairs of texts, as rows of (7.3).
+        """Encode texts, or pairs of texts, as rows of (7.6).
 
         Args:
             max_length: the longest row, special tokens included; None: no limit. Longer rows lose tokens from the end
@@ -277,21 +392,24 @@ class WordPieceTokenizer:
                 f"padding={padding!r}; expected True (to the longest row) or False"
             )
         rows = [
-            self._row(first, second, max_length, truncation)
+            self._row(first, second, max_length, truncation, return_offsets)
             for first, second in zip_longest(firsts, seconds)
         ]
-        width = max(map(len, rows)) if padding else 0
-        filler: Token = (self.pad_token_id, 0, 0, (0, 0))
-        rows = [row + [filler] * (width - len(row)) for row in rows]
-        names = ["input_ids", "token_type_ids", "attention_mask"]
-        names += ["offset_mapping"] * return_offsets
+        width = max(len(row["input_ids"]) for row in rows) if padding else 0
+        fillers = {"input_ids": self.pad_token_id, "offset_mapping": (0, 0)}
         columns = {
-            name: [[token[i] for token in row] for row in rows]
-            for i, name in enumerate(names)
+            name: [
+                row[name] + [fillers.get(name, 0)] * (width - len(row[name]))
+                for row in rows
+            ]
+            for name in rows[0]
         }
         if return_tensors is None:
             return columns
-        if return_tensors != "pt" or len(set(map(len, rows))) > 1:
+        if (
+            return_tensors != "pt"
+            or len(set(map(len, columns["input_ids"]))) > 1
+        ):
             raise ValueError(
                 f"return_tensors={return_tensors!r} with padding={padding!r}: "
                 "expected None for lists, or 'pt' and rows of equal length"
@@ -315,8 +433,9 @@ class WordPieceTokenizer:
         second: Encoding | None,
         max_length: int | None,
         truncation: bool,
-    ) -> list[Token]:
-        """Frame one text or two, (7.3)."""
+        return_offsets: bool,
+    ) -> dict[str, list[Any]]:
+        """Frame one text or two, (7.6)."""
         a, b = len(first), len(second or ())
         frame = 2 if second is None else 3
         if max_length is not None and a + b + frame > max_length:
@@ -326,13 +445,19 @@ class WordPieceTokenizer:
                     f"raise max_length to {a + b + frame}, or cut with truncation=True and max_length >= {frame}"
                 )
             a, b = _shares(a, b, max_length - frame)
-        row: list[Token] = [(self.cls_token_id, 0, 1, (0, 0))]
+        ids, kinds, offsets = [self.cls_token_id], [0], [(0, 0)]
         for segment, (text, kept) in enumerate(((first, a), (second, b))):
             if text is not None:
-                tokens = zip(text.ids[:kept], text.offsets[:kept], strict=True)
-                row += [(i, segment, 1, offsets) for i, offsets in tokens]
-                row += [(self.sep_token_id, segment, 1, (0, 0))]
-        return row
+                ids += [*text.ids[:kept], self.sep_token_id]
+                kinds += [segment] * (kept + 1)
+                if return_offsets:
+                    offsets += [*text.offsets[:kept], (0, 0)]
+        row = {
+            "input_ids": ids,
+            "token_type_ids": kinds,
+            "attention_mask": [1] * len(ids),
+        }
+        return {**row, "offset_mapping": offsets} if return_offsets else row
 
 
 def _shares(first: int, second: int, room: int) -> tuple[int, int]:
@@ -366,36 +491,48 @@ def check_texts(texts: str | Iterable[str], name: str) -> list[str]:
 # %% Reading a vocabulary
 def read_vocabulary(
     path_or_hub_id: str | Path,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> tuple[dict[str, int], dict[str, Any]]:
-    """Return piece -> id of `vocab.txt`, or else of `tokenizer.json`, and the settings of the text's cleaning."""
-    whole = _json_if_there(path_or_hub_id, "tokenizer.json")
-    normalizer = whole.get("normalizer") or {}
+    """Return piece -> id of `vocab.txt`, or else of `tokenizer.json`, and the settings of the tokenizer."""
+    whole = _json_if_there(path_or_hub_id, "tokenizer.json", revision, token)
+    normalizer, model = whole.get("normalizer") or {}, whole.get("model") or {}
+    added = whole.get("added_tokens") or []
     settings = {
         "do_lower_case": normalizer.get("lowercase", True),
         "strip_accents": normalizer.get("strip_accents"),
         "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
-        **_json_if_there(path_or_hub_id, "tokenizer_config.json"),
+        **_json_if_there(
+            path_or_hub_id, "tokenizer_config.json", revision, token
+        ),
+        "never_split": [  # as we write them
+            t["content"]
+            for t in added
+            if t.get("single_word") and not t.get("special")
+        ],
+        "max_input_chars_per_word": model.get(
+            "max_input_chars_per_word", MAX_WORD_CHARACTERS
+        ),
     }
     if not settings["tokenize_chinese_chars"]:
         raise ValueError("tokenize_chinese_chars=False is not supported")
     try:
-        file = locate(path_or_hub_id, "vocab.txt")
+        file = locate(path_or_hub_id, "vocab.txt", revision, token)
     except FileNotFoundError as error:
         if not whole:
             raise FileNotFoundError(
                 f"{path_or_hub_id}: neither vocab.txt nor tokenizer.json could be found ({error})"
             ) from None
-        model = whole.get("model") or {}
         if model.get("type") != "WordPiece":
             raise ValueError(
                 f"tokenizer.json is of type {model.get('type')!r}; expected 'WordPiece'"
             ) from None
-        added = {t["content"] for t in whole.get("added_tokens") or []}
-        if added - set(model["vocab"]):
+        vocabulary = model.get("vocab") or {}
+        if new := sorted({t["content"] for t in added} - set(vocabulary)):
             raise ValueError(
-                f"tokenizer.json adds {sorted(added - set(model['vocab']))[:3]} to its vocabulary: not supported"
+                f"tokenizer.json adds {new[:3]} to its vocabulary: not supported"
             ) from None
-        return model["vocab"], settings
+        return vocabulary, settings
     # a piece a line; only a line feed ends a line, for Chinese vocabularies hold U+2028
     lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     vocabulary = {line.rstrip(): i for i, line in enumerate(lines)}
@@ -406,8 +543,13 @@ def read_vocabulary(
     return vocabulary, settings
 
 
-def _json_if_there(path_or_hub_id: str | Path, name: str) -> dict[str, Any]:
+def _json_if_there(
+    path_or_hub_id: str | Path,
+    name: str,
+    revision: str | None,
+    token: str | None,
+) -> dict[str, Any]:
     try:
-        return read_json(locate(path_or_hub_id, name))
+        return read_json(locate(path_or_hub_id, name, revision, token))
     except FileNotFoundError:
         return {}
