@@ -9,7 +9,9 @@ book, besides:
   warnings (the strict build fails on them);
 - a quote that begins with ``**Note.**`` and the like becomes an admonition;
 - a cell tagged ``export`` names the module that it becomes a part of;
-- a chapter's number, which stands in its file name, is shown;
+- a chapter's number, which stands in its file name, is shown, and a chapter
+  with equations ends with a link to its part of the ledger;
+- a code cell has an anchor, ``cell-12``, for the ledger;
 - the API page links each module to the notebook that it is made from;
 - MathJax comes from book/_extra where tools/vendor.py has put it.
 """
@@ -24,6 +26,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.environment import BuildEnvironment
@@ -36,7 +39,8 @@ log = logging.getLogger(__name__)
 
 EXTRA = "book/_extra"
 MATHJAX = "mathjax/tex-chtml.js"  # below _static/ of the pages
-CHAPTER = re.compile(r"notebooks/(\d\d)_")
+LEDGER = "book/ledger"  # the page that tools/ledger.py writes
+CHAPTER = re.compile(r"notebooks/([0-8]\d)_")  # 90 and up: appendices
 TAG = re.compile(r"\s*\\tag\{(\d+\.\d+)\}")
 SOURCE = re.compile(r"Written by tools/extract\.py from (notebooks/\w+)\.md")
 NUMBER = re.compile(r"\((\d+\.\d+)\)")
@@ -158,8 +162,12 @@ def read_page(app: Sphinx, doctree: nodes.document) -> None:
     for node in doctree.findall(nodes.math_block):
         number_equation(app.env, page, node)
     for cell in doctree.findall(nodes.container):
+        if "cell_index" in cell:  # the ledger links the cells
+            cell["ids"].append(f"cell-{cell['cell_index']}")
         if "tag_export" in cell["classes"]:
             cell.insert(0, badge(app, page))
+    if LEDGER in app.env.found_docs and CHAPTER.match(page):
+        doctree.extend(proofs(app.env, page))
     chapter = chapter_number(page)
     if chapter:
         # in the side bar, the title bar and the links to the next page
@@ -168,6 +176,20 @@ def read_page(app: Sphinx, doctree: nodes.document) -> None:
             title.insert(0, nodes.Text(prefix))
         entry = next(iter(app.env.tocs[page].findall(nodes.reference)))
         entry.insert(0, nodes.Text(prefix))
+
+
+def proofs(env: BuildEnvironment, page: str) -> Iterator[nodes.Node]:
+    """Yield a line that leads from a chapter to the proofs of its equations."""
+    equations = env.bertbook_equations  # type: ignore[attr-defined]
+    if page not in equations.values():
+        return
+    target = addnodes.pending_xref(
+        "", refdomain="std", reftype="ref", refexplicit=True, refwarn=True
+    )
+    target["reftarget"] = f"ledger-{Path(page).name.replace('_', '-')}"
+    target += nodes.inline("", "the ledger", classes=["xref", "std", "std-ref"])
+    text = nodes.Text("Which test proves which equation, and how exactly: ")
+    yield nodes.paragraph("", "", text, target, nodes.Text("."))
 
 
 def chapter_number(page: str) -> int:
