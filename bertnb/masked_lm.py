@@ -3,6 +3,7 @@
 Written by tools/extract.py from notebooks/08_masked_lm.md: edit that notebook, not this file.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,11 @@ from bertnb.positions import check_ids
 __all__ = [
     "IGNORE",
     "mask_tokens",
+    "replace_tokens",
     "draw_positions",
+    "check_same_shape",
+    "continuation_table",
+    "draw_words",
     "MaskedLMHead",
     "gather_positions",
     "masked_lm_loss",
@@ -26,6 +31,7 @@ __all__ = [
     "check_targets",
     "MaskedLMOutput",
     "BertForMaskedLM",
+    "pseudo_log_likelihood",
 ]
 
 
@@ -43,17 +49,20 @@ def mask_tokens(
     max_predictions: int | None = None,
     pad_token_id: int = 0,
     generator: torch.Generator | None = None,
+    continuation_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose tokens of each row to predict, (8.3), and hide them, (8.4).
 
     A row of n tokens (padding not counted) gets exactly max(1, round(mlm_probability * n)) of them, but never more
-    than `max_predictions` or than it has ordinary tokens.
+    than `max_predictions` or than it has ordinary tokens. With `continuation_mask` whole words are chosen, and there
+    may be fewer: see `draw_words`.
 
     Args:
         input_ids: int64 (B, L).
         special_tokens_mask: bool or 0/1 (B, L); True = never chosen ([CLS], [SEP], [PAD]).
         max_predictions: P; None: round(mlm_probability * L), at least 1.
         generator: on the device of `input_ids`; the same state gives the same result.
+        continuation_mask: bool or 0/1 (B, L); True = the token continues the word before it; None: choose tokens.
 
     Returns:
         masked_ids (B, L); positions (B, P), ascending, filled with 0; targets (B, P), the original ids, filled with
@@ -62,18 +71,17 @@ def mask_tokens(
     Raises:
         ValueError: a shape does not fit, or a number lies outside its range.
     """
-    if input_ids.dim() != 2 or special_tokens_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"input_ids has shape {tuple(input_ids.shape)} and special_tokens_mask "
-            f"{tuple(special_tokens_mask.shape)}; expected (batch, length) for both"
-        )
+    masks = {"special_tokens_mask": special_tokens_mask}
+    if continuation_mask is not None:
+        masks["continuation_mask"] = continuation_mask
+    check_same_shape(input_ids, **masks)
     if not 0 < mlm_probability <= 1:
         raise ValueError(f"mlm_probability={mlm_probability}; expected (0, 1]")
     if not 0 <= mask_token_id < vocab_size:
         raise ValueError(
             f"mask_token_id={mask_token_id}; expected an id below vocab_size={vocab_size}"
         )
-    length, device = input_ids.shape[1], input_ids.device
+    length = input_ids.shape[1]
     if max_predictions is None:
         max_predictions = max(1, round(mlm_probability * length))
     if max_predictions < 1:
@@ -85,25 +93,39 @@ def mask_tokens(
     tokens = length - padding.sum(-1, keepdim=True)  # (B, 1), n in (8.3)
     # float64, as Python's own: a half is a half, and goes to the even side
     count = (mlm_probability * tokens.double()).round().clamp(min=1)
-    positions = draw_positions(special, count, max_predictions, generator)
-
-    # one uniform number decides, (8.4)
+    if continuation_mask is None:
+        positions = draw_positions(special, count, max_predictions, generator)
+    else:
+        continues = continuation_mask.bool()
+        positions = draw_words(
+            special, continues, count, max_predictions, generator
+        )
     row = F.pad(input_ids, (0, 1))  # (B, L + 1), one column for empty places
     originals = row.gather(1, positions)  # (B, P)
-    u = torch.rand(positions.shape, generator=generator, device=device)
-    noise = torch.randint(
-        vocab_size,
-        positions.shape,
-        generator=generator,
-        device=device,
-        dtype=input_ids.dtype,
-    )
-    shown = torch.where(u < 0.9, noise, originals)
-    shown = torch.where(u < 0.8, mask_token_id, shown)
+    shown = replace_tokens(originals, vocab_size, mask_token_id, generator)
     masked_ids = row.scatter(1, positions, shown)[:, :length].contiguous()
     empty = positions == length
     targets = originals.masked_fill(empty, IGNORE)
     return masked_ids, positions.masked_fill(empty, 0), targets
+
+
+def replace_tokens(
+    ids: Tensor,
+    vocab_size: int,
+    mask_token_id: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return what is shown instead of chosen tokens: one uniform number decides for each, (8.4)."""
+    u = torch.rand(ids.shape, generator=generator, device=ids.device)
+    noise = torch.randint(
+        vocab_size,
+        ids.shape,
+        generator=generator,
+        device=ids.device,
+        dtype=ids.dtype,
+    )
+    shown = torch.where(u < 0.9, noise, ids)
+    return torch.where(u < 0.8, mask_token_id, shown)
 
 
 def draw_positions(
@@ -126,6 +148,63 @@ def draw_positions(
     rank = torch.arange(slots, device=special.device)
     chosen = (rank < count) & (drawn >= 0)
     return positions.masked_fill(~chosen, length).sort(dim=-1).values
+
+
+def check_same_shape(input_ids: Tensor, **masks: Tensor) -> None:
+    """Raise ValueError unless `input_ids` is (B, L), and each of the masks, called by its name, too."""
+    for name, mask in masks.items():
+        if input_ids.dim() != 2 or mask.shape != input_ids.shape:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)} and {name} "
+                f"{tuple(mask.shape)}; expected (batch, length) for both"
+            )
+
+
+# %% Whole words
+def continuation_table(vocabulary: Mapping[str, int]) -> Tensor:
+    """Return bool (V,): True for the ids of pieces that continue a word, `##...`.
+
+    `continuation_table(tokenizer.vocabulary)[input_ids]` is what `mask_tokens` takes as `continuation_mask`.
+    """
+    continues = [False] * (1 + max(vocabulary.values()))
+    for piece, i in vocabulary.items():
+        continues[i] = piece.startswith("##")
+    return torch.tensor(continues)
+
+
+def draw_words(
+    special: Tensor,
+    continues: Tensor,
+    count: Tensor,
+    slots: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw whole words with together at most `count` (B, 1) tokens, by the rule of the original.
+
+    A token where `continues` (B, L) is True belongs to the word of the token before it that is not `special` (B, L).
+    Words come in random order, and one that would exceed the count is passed over; so the count is reached if a word
+    of one token is left over, and nothing is drawn where every word is longer than the count.
+
+    Returns:
+        int64 (B, slots), ascending; empty places hold L.
+    """
+    length, device = special.shape[1], special.device
+    ordinary = ~special
+    word = (ordinary & ~continues).cumsum(-1)  # (B, L), each token's word
+    sizes = torch.zeros(len(special), length + 1, device=device).long()
+    sizes.scatter_add_(1, word, ordinary.long())  # (B, L + 1), most are 0
+    order = torch.rand(sizes.shape, generator=generator, device=device)
+    taken = torch.zeros_like(sizes, dtype=torch.bool)
+    left = count.long().clamp(max=slots)
+    for column in order.argsort(-1).split(1, dim=-1):  # a word of each row
+        size = sizes.gather(1, column)
+        taken.scatter_(1, column, size <= left)
+        left = left - size * (size <= left)
+        if not left.any():
+            break
+    chosen = taken.gather(1, word) & ordinary
+    places = torch.arange(length, device=device).where(chosen, length)
+    return F.pad(places, (0, slots), value=length).sort(-1).values[:, :slots]
 
 
 # %% The head and its loss
@@ -277,3 +356,49 @@ class BertForMaskedLM(PretrainedModel):
         return MaskedLMOutput(
             loss, logits, encoded.hidden_states, encoded.attentions
         )
+
+
+# %% How likely is a sentence?
+@torch.no_grad()
+def pseudo_log_likelihood(
+    model: BertForMaskedLM,
+    input_ids: Tensor,
+    special_tokens_mask: Tensor,
+    *,
+    mask_token_id: int,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    batch_size: int = 64,
+) -> Tensor:
+    """Return the pseudo-log-likelihood of each row, float32 (B,), (8.9).
+
+    Each ordinary token is hidden in a copy of its row and scored there; `batch_size` copies at a time. The model is
+    in `eval` mode meanwhile.
+
+    Args:
+        input_ids: int64 (B, L), nothing hidden.
+        special_tokens_mask: bool or 0/1 (B, L); True = not scored ([CLS], [SEP], [PAD]).
+        attention_mask, token_type_ids: (B, L), as in `BertModel`.
+
+    Raises:
+        ValueError: shapes differ, or an id lies outside the vocabulary.
+    """
+    check_same_shape(input_ids, special_tokens_mask=special_tokens_mask)
+    check_ids(input_ids, "input_ids", model.config.vocab_size, "vocab_size")
+    total = torch.zeros(len(input_ids), device=input_ids.device)
+    training = model.training
+    model.eval()
+    where = (~special_tokens_mask.bool()).nonzero()  # (all tokens, 2)
+    for rows, places in (pair.unbind(-1) for pair in where.split(batch_size)):
+        words = input_ids[rows, places]
+        hidden = input_ids[rows].scatter(1, places[:, None], mask_token_id)
+        logits = model(
+            hidden,
+            None if attention_mask is None else attention_mask[rows],
+            None if token_type_ids is None else token_type_ids[rows],
+            masked_positions=places[:, None],
+        ).logits[:, 0]
+        log_p = logits.float().log_softmax(-1).gather(1, words[:, None])
+        total.index_add_(0, rows, log_p[:, 0])
+    model.train(training)
+    return total
