@@ -1,0 +1,200 @@
+"""The page on what the articles say: rows, verdicts, links and counts."""
+
+import importlib.util
+import re
+from collections import Counter
+from typing import NamedTuple
+
+import extract
+import nbformat
+import pytest
+import yaml
+from manifest import ROOT, sources
+
+PAGE = ROOT / "book" / "sources.md"
+NOTEBOOK = ROOT / "notebooks" / "90_articles.md"
+ARTICLES = ["000", "001", "002", "003", "004"]
+KINDS = {
+    "F": "formulas",
+    "S": "steps",
+    "C": "claims",
+    "P": "programs",
+    "A": "applications",
+    "T": "tools",
+    "Q": "questions",
+    "O": "outlook",
+}
+VERDICTS = ["right", "vague", "wrong"]
+TO_COME = re.compile(r"to come: (issue [345]|no issue yet)\b")
+TEXT = PAGE.read_text(encoding="utf-8")
+
+
+class Row(NamedTuple):
+    """One statement of an article."""
+
+    article: str
+    kind: str
+    number: int
+    says: str
+    verdict: str
+    book: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.article}-{self.kind}{self.number}"
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|\n").split("|")]
+
+
+def rows() -> list[Row]:
+    found = []
+    for line in TEXT.splitlines():
+        match = re.match(r"\| (\d{3})-([A-Z])(\d+) \|", line)
+        if match:
+            _, says, verdict, book = cells(line)
+            found.append(
+                Row(*match.group(1, 2), int(match[3]), says, verdict, book)
+            )
+    return found
+
+
+ROWS = rows()
+each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+
+
+def test_ids_are_unique_and_consecutive() -> None:
+    order = list(KINDS)
+    wanted = [
+        (article, kind, number)
+        for article in ARTICLES
+        for kind in order
+        for number in range(1, 1 + sum(r[:2] == (article, kind) for r in ROWS))
+    ]
+    assert [row[:3] for row in ROWS] == wanted
+
+
+def test_every_row_of_the_tables_was_read() -> None:
+    lines = [line for line in TEXT.splitlines() if re.match(r"\| \d{3}-", line)]
+    assert len(lines) == len(ROWS) > 200
+    assert {row.verdict for row in ROWS} == set(VERDICTS)
+
+
+def table(first: str) -> list[list[str]]:
+    """Return the body of the table whose head has this second column."""
+    (body,) = re.findall(
+        rf"^\| article \| {first} .*\n\|[-:|]+\|\n((?:\|.*\n)+)", TEXT, re.M
+    )
+    return [cells(line) for line in body.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("first", "field", "values"),
+    [("formulas", "kind", [*KINDS]), ("right", "verdict", VERDICTS)],
+)
+def test_the_counts_at_the_head_are_those_of_the_rows(
+    first: str, field: str, values: list[str]
+) -> None:
+    counts = Counter((row.article, getattr(row, field)) for row in ROWS)
+    wanted = []
+    for article in [*ARTICLES, "all"]:
+        among = ARTICLES if article == "all" else [article]
+        line = [sum(counts[a, value] for a in among) for value in values]
+        line += [sum(line)] if field == "kind" else []
+        wanted.append([article, *map(str, line)])
+    assert table(first) == wanted
+
+
+def test_the_prose_gives_the_right_number() -> None:
+    assert f"what is in them: {len(ROWS)} statements" in TEXT
+    for article in ARTICLES:
+        assert f"\n## Article {article}\n" in TEXT
+
+
+def internal(text: str) -> list[str]:
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    return [link for link in links if not link.startswith("https://")]
+
+
+def equations(text: str) -> list[str]:
+    return re.findall(r"\((\d+\.\d+)\)", text)
+
+
+@each_row
+def test_the_row_leads_somewhere(row: Row) -> None:
+    assert row.verdict in VERDICTS
+    assert row.says
+    assert internal(row.book) or equations(row.book) or TO_COME.search(row.book)
+    for mention in re.findall(r"to come:.*", row.book):
+        assert TO_COME.match(mention), mention
+    for link in internal(row.says + row.book):
+        path = (PAGE.parent / link).resolve()
+        source = path.with_suffix(".md")  # a notebook is made of it
+        assert (source if path.suffix == ".ipynb" else path).exists(), link
+
+
+KNOWN = set(
+    re.findall(
+        r"\\tag\{(\d+\.\d+)\}",
+        "".join(path.read_text(encoding="utf-8") for path in sources()),
+    )
+)
+
+
+@each_row
+def test_the_row_names_equations_that_exist(row: Row) -> None:
+    assert set(equations(row.says + row.book)) <= KNOWN
+
+
+@each_row
+def test_a_correction_has_evidence(row: Row) -> None:
+    """What is called wrong is so by something that is there already."""
+    if row.verdict == "wrong":
+        assert internal(row.book)
+
+
+def test_each_program_of_the_articles_was_run() -> None:
+    ran = nbformat.read(NOTEBOOK.with_suffix(".ipynb"), 4)
+    headings = re.findall(
+        r"^## (\d{3}):", "\n".join(c.source for c in ran.cells), re.M
+    )
+    assert set(headings) == set(ARTICLES)
+    programs = {row.article for row in ROWS if row.kind == "P"}
+    assert programs == set(ARTICLES)
+    for row in ROWS:
+        if row.kind == "P" and "whole program" in row.says:
+            assert "90_articles.ipynb" in row.book, row.id
+
+
+def test_the_pages_are_in_the_book() -> None:
+    contents = yaml.safe_load((ROOT / "_toc.yml").read_text("utf-8"))
+    (part,) = (
+        part["chapters"]
+        for part in contents["parts"]
+        if part["caption"] == "The five articles"
+    )
+    files = [chapter["file"] for chapter in part]
+    assert files == ["book/sources", "notebooks/90_articles"]
+
+
+def test_a_notebook_without_a_module_exports_nothing() -> None:
+    assert extract.module(NOTEBOOK) is None
+
+
+@pytest.mark.parametrize(
+    ("page", "number"),
+    [
+        ("notebooks/17_classification", 17),
+        ("notebooks/90_articles", 0),  # an appendix has no number
+        ("book/sources", 0),
+    ],
+)
+def test_only_chapters_show_a_number(page: str, number: int) -> None:
+    file = ROOT / "book" / "_ext" / "bertbook.py"
+    spec = importlib.util.spec_from_file_location("bertbook", file)
+    assert spec is not None
+    assert spec.loader is not None
+    bertbook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bertbook)
+    assert bertbook.chapter_number(page) == number
