@@ -11,6 +11,8 @@ from collections.abc import Collection
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import ZipFile, is_zipfile
+from zlib import crc32
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +30,7 @@ __all__ = [
     "IGNORED_WEIGHTS",
     "FLOATS",
     "WEIGHTS",
+    "SUMS",
     "read_weights",
     "PretrainedModel",
 ]
@@ -153,6 +156,7 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+SUMS = "bertnb_crc32"  # where our files note each tensor's check sum
 
 
 def read_weights(
@@ -226,20 +230,35 @@ def _read_index(file: Path) -> dict[str, set[str]]:
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     """Return what a file of tensors holds; run nothing."""
-    if file.suffix == ".safetensors":
-        try:
-            return load_file(file)
-        except SafetensorError as error:
-            raise BertnbError(
-                f"{file} is no safetensors file: {error}"
-            ) from error
+    if file.suffix != ".safetensors":
+        return _read_pickle(file)
     try:
+        with safe_open(file, "pt") as stream:
+            sums = json.loads((stream.metadata() or {}).get(SUMS, "{}"))
+        tensors = load_file(file)
+    except (SafetensorError, ValueError) as error:
+        raise BertnbError(f"{file} is no safetensors file: {error}") from error
+    for name, tensor in tensors.items():
+        if sums.get(name, _sum(tensor)) != _sum(tensor):
+            raise BertnbError(
+                f"{file}: {name} is damaged: it has another check sum than "
+                "when it was saved"
+            )
+    return tensors
+
+
+def _read_pickle(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a `.bin`; anything else in it is refused."""
+    try:
+        if is_zipfile(file):  # torch.load does not look at its check sums
+            with ZipFile(file) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} has another check sum")
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler's errors are of many kinds
-        reason = str(error).partition("\n")[0]
-        raise BertnbError(
-            f"{file} is damaged, or wants to run code: {reason}"
-        ) from error
+        call = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"wants to call {call[1]}" if call else "is damaged"
+        raise BertnbError(f"{file} {reason}; nothing was run") from error
     if not isinstance(tensors, dict):
         found = type(tensors).__name__
         raise BertnbError(f"{file} holds a {found}; expected names and tensors")
@@ -252,6 +271,12 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         ):
             raise BertnbError(f"{file}: {key!r} is no name with a tensor")
     return tensors
+
+
+def _sum(tensor: Tensor) -> int:
+    """Return the CRC-32 of a tensor's bytes."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return crc32(flat.view(torch.uint8).numpy().data)
 
 
 def _locate_config(
@@ -387,7 +412,11 @@ class PretrainedModel(nn.Module):
         }
         text = (json.dumps(config, indent=2) + "\n").encode()
         (folder / "config.json.tmp").write_bytes(text)
-        metadata = {"format": "pt", "config_sha256": sha256(text).hexdigest()}
+        metadata = {
+            "format": "pt",
+            "config_sha256": sha256(text).hexdigest(),
+            SUMS: json.dumps({n: _sum(w) for n, w in weights.items()}),
+        }
         temporary = folder / "model.safetensors.tmp"
         save_file(weights, temporary, metadata=metadata)
         for name in ("model.safetensors", "config.json"):

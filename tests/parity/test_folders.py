@@ -2,6 +2,7 @@
 
 import json
 from hashlib import sha256
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -104,10 +105,9 @@ def test_the_file_read_with_json_and_numpy_holds_the_numbers(tmp_path):
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     digest = sha256((tmp_path / "config.json").read_bytes()).hexdigest()
-    assert header.pop("__metadata__") == {
-        "format": "pt",
-        "config_sha256": digest,
-    }
+    metadata = header.pop("__metadata__")
+    sums = json.loads(metadata.pop("bertnb_crc32"))
+    assert metadata == {"format": "pt", "config_sha256": digest}
     own = {hf_name(name): p for name, p in ours.state_dict().items()}
     assert header.keys() == own.keys()
     for name, entry in header.items():
@@ -116,6 +116,8 @@ def test_the_file_read_with_json_and_numpy_holds_the_numbers(tmp_path):
         assert entry["dtype"] == "F32"
         assert entry["shape"] == list(own[name].shape)
         assert (numbers == own[name].flatten().numpy()).all()
+        assert sums.pop(name) == crc32(numbers.tobytes())
+    assert not sums
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
