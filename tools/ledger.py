@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT / "book" / "_ext"))
 from bertbook import CHAPTER, NUMBER, TAG  # the book's own rules
 
 RECORD = ROOT / "book" / "runs" / "ledger.jsonl"
+PYTEST = ["-m", "pytest", "-q", "-m", "equation", "--hypothesis-seed=0"]
 DISPLAY = re.compile(r"\$\$(.+?)\$\$", re.S)
 HEADING = re.compile(r"^(#+) (.+)$", re.M)
 MAGIC = re.compile(r"^[%!].*$", re.M)
@@ -71,7 +72,8 @@ class Equation:
     page: str  # the notebook, without its ending
     heading: str
     tex: str
-    cells: list[int] = field(default_factory=list)
+    cells: list[int] = field(default_factory=list)  # that name it
+    near: int | None = None  # the next cell of its section
     lines: list[Line] = field(default_factory=list)
     proofs: list[Proof] = field(default_factory=list)
 
@@ -131,7 +133,7 @@ def named(code: str) -> Iterator[tuple[int, str]]:
 def read_chapter(ledger: Ledger, path: Path) -> None:
     """Collect a notebook's equations, and the cells that compute with them."""
     page = f"{path.parent.name}/{path.stem}"
-    heading, said = "", set()  # what the prose above a cell names
+    heading, said = "", set[str]()  # what the paragraph above a cell names
     for place, cell in enumerate(jupytext.read(path).cells):
         tags = cell.metadata.get("tags", [])
         if cell.cell_type == "markdown":
@@ -145,18 +147,25 @@ def read_chapter(ledger: Ledger, path: Path) -> None:
                     ledger.equations[tag[1]] = Equation(
                         tag[1], page, heading, tex
                     )
-                    said.add(tag[1])
             for title in HEADING.finditer(cell.source[at:]):
                 heading = title[2]
             for title in HEADING.finditer(cell.source):
                 ledger.titles.setdefault(page, title[2])
-            said |= {match[1] for match in NUMBER.finditer(cell.source)}
+            last = cell.source.split("\n\n")[-1]
+            said = {
+                found[1]
+                for found in (*NUMBER.finditer(last), *TAG.finditer(last))
+            }
         elif cell.cell_type == "code" and "remove-cell" not in tags:
             if "export" not in tags:
                 said |= {name for _, name in named(cell.source)}
                 for name in said & ledger.equations.keys():
                     if ledger.equations[name].page == page:
                         ledger.equations[name].cells.append(place)
+                for one in ledger.equations.values():
+                    here = (one.page, one.heading) == (page, heading)
+                    if here and one.near is None:
+                        one.near = place
             said = set()
 
 
@@ -275,17 +284,18 @@ def code_of(one: Equation) -> str:
     """Return the links to the package's lines, under their owners."""
     owners: dict[tuple[str, str], list[str]] = {}
     for line in one.lines:
-        link = f"[{line.number}]({blob(line.path, line.number)})"
-        owners.setdefault((line.path, line.owner), []).append(link)
+        place = (line.path, line.owner)
+        file = "" if place in owners else Path(line.path).name
+        link = f"[`{file}:{line.number}`]({blob(line.path, line.number)})"
+        owners.setdefault(place, []).append(link)
     parts = []
     for (path, owner), links in owners.items():
         name = f"`{owner}`" if owner else ""
         if owner and not owner.startswith("_"):
             module = path.removesuffix(".py").replace("/", ".")
             name = f"{{py:obj}}`{owner} <{module}.{owner}>`"
-        file = path.removeprefix("bertnb/")
-        parts.append(f"{name} {file}, line {', '.join(links)}".strip())
-    return "; ".join(parts) or "no code"
+        parts.append(f"{name} {', '.join(links)}".strip())
+    return "<br>".join(parts) or "no code"
 
 
 def proof_of(ledger: Ledger, one: Equation) -> str:
@@ -301,13 +311,15 @@ def proof_of(ledger: Ledger, one: Equation) -> str:
         else:
             text += f"{power(figure[0])} ≤ {power(figure[1])}"
         parts.append(text)
-    if one.cells:
+    places = one.cells or ([] if one.near is None else [one.near])
+    if places:
         links = ", ".join(
             f'<a href="../{one.page}.html#cell-{place}">{place}</a>'
-            for place in one.cells
+            for place in places
         )
-        word = "cells" if len(one.cells) > 1 else "cell"
-        parts.append(f"in the chapter: {word} {links}")
+        where = "the chapter" if one.cells else "its section"
+        word = "cells" if len(places) > 1 else "cell"
+        parts.append(f"in {where}: {word} {links}")
     return "<br>".join(parts) or "a derivation"
 
 
@@ -316,12 +328,12 @@ def rows(ledger: Ledger, equations: list[Equation]) -> Iterator[str]:
     yield "```{list-table}"
     yield ":class: ledger"
     yield ":header-rows: 1"
+    yield ":widths: 36 28 36"
     yield "* - equation"
-    for title in ("formula", "package", "proof and largest difference"):
-        yield f"  - {title}"
+    yield "  - in the package"
+    yield "  - proof, with the largest difference"
     for one in equations:
-        yield f"* - ({one.number})"
-        yield f"  - ${one.tex}$"
+        yield f"* - ({one.number}) <br> ${one.tex}$"
         yield f"  - {code_of(one)}"
         yield f"  - {proof_of(ledger, one)}"
     yield "```"
@@ -371,8 +383,9 @@ def page(ledger: Ledger) -> str:
         "Each line: the equation, with a link to where it is derived; the "
         "lines of the package that name it; the tests that prove it, each "
         "with the largest difference that it measured and the bound that it "
-        "may not exceed; and the cells of the chapter, counted from 0 with "
-        "those of text, that compute with it.",
+        "may not exceed; and the cells of the chapter that compute with it, as "
+        "their comments or the paragraph above them say; where none says so, "
+        "the next cell of its section.",
         "",
     ]
     pages: dict[str, list[Equation]] = {}
@@ -382,13 +395,18 @@ def page(ledger: Ledger) -> str:
         chapter = CHAPTER.match(name)
         number = int(chapter[1]) if chapter else 0
         title = f"{number}. {ledger.titles[name]}" if number else ""
-        lines += [f"## {title or ledger.titles[name]}", ""]
+        label = Path(name).name.replace("_", "-")
+        lines += [
+            f"(ledger-{label})=",
+            f"## {title or ledger.titles[name]}",
+            "",
+        ]
         lines += [f"From [{ledger.titles[name]}](../{name}.ipynb).", ""]
         lines += [*rows(ledger, equations), ""]
     rest = [
         one
         for one in ledger.equations.values()
-        if not (one.lines or one.proofs or one.cells)
+        if not (one.lines or one.proofs or one.cells or one.near)
     ]
     lines += ["## Definitions and derivations, without code", ""]
     if rest:
@@ -408,23 +426,21 @@ def measure() -> int:
     from nb import QUIET
 
     os.environ.update(QUIET, HF_HUB_OFFLINE="1", BERTNB_SIZE="tiny")
-    from bertnb.configuration import BertConfig
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder, "raw.json")
+        command = [*PYTEST, f"--record-ledger={raw}", "tests"]
+        done = subprocess.run([sys.executable, *command], cwd=ROOT)
+        if done.returncode:
+            print("ledger: a proof fails; the record stays", file=sys.stderr)
+            return 1
+        tests = json.loads(raw.read_text("utf-8"))
+    from bertnb.configuration import BertConfig  # slow: only where all passed
     from bertnb.pretraining import PretrainConfig, run_facts
 
     facts = run_facts(PretrainConfig("ledger", BertConfig()))
     del facts["config"]
     for peer in ("numpy", "transformers"):
         facts["versions"][peer] = version(peer)
-    with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder, "raw.json")
-        command = ["-m", "pytest", "-q", "-m", "equation", "tests"]
-        done = subprocess.run(
-            [sys.executable, *command, f"--record-ledger={raw}"], cwd=ROOT
-        )
-        if done.returncode:
-            print("ledger: a proof fails; the record stays", file=sys.stderr)
-            return 1
-        tests = json.loads(raw.read_text("utf-8"))
     lines: list[dict[str, Any]] = [
         {"command": "python tools/ledger.py --measure", **facts}
     ]
