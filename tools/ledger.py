@@ -268,7 +268,7 @@ def read() -> Ledger:
 def power(figure: float) -> str:
     """Return a figure in two digits: 0, 0.012 or 3.1e-15 as TeX."""
     mantissa, exponent = f"{figure:.1e}".split("e")
-    if figure == 0 or -4 < int(exponent) < 4:
+    if figure == 0 or -4 < int(exponent) < 2:
         return f"${figure:.2g}$"
     mantissa = mantissa.removesuffix(".0")
     factor = "" if mantissa == "1" else f"{mantissa} \\cdot "

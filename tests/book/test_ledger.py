@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ledger
 import numpy as np
 import pytest
 import torch
@@ -51,12 +52,23 @@ $$
 z = y \\tag{1.3}
 $$
 """
+SECOND = """# The second chapter
+
+By equation (1.1) of the first chapter:
+
+```{code-cell} ipython3
+4  # (1.2)
+```
+"""
 MODULE = '''"""The first chapter."""
 
 
 def double(x):
     """Return twice x, (1.1); not (0.5), which is a number."""
     return 2 * x
+
+
+ERROR = "a text that (1.3) stands in is no citation"
 '''
 TESTS = """import pytest
 
@@ -64,7 +76,7 @@ TESTS = """import pytest
 @pytest.mark.equation("1.1")
 @pytest.mark.parametrize("x", [1.0, 3.0])
 def test_the_double_is_a_sum(x, measured):
-    measured(2 * x + x * 1e-9 - (x + x), 1e-6)
+    measured(2 * x + x * 1.234e-9 - (x + x), 1e-6)
 
 
 @pytest.mark.equation("1.1")
@@ -93,6 +105,7 @@ def workshop(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     for name, text in {
         "notebooks/01_first.md": CHAPTER,
+        "notebooks/02_second.md": SECOND,
         "bertnb/first.py": MODULE,
         "tests/test_first.py": TESTS,
         "tests/conftest.py": (ROOT / "tests/conftest.py").read_text("utf-8"),
@@ -138,9 +151,52 @@ def test_the_page_leads_from_the_equation_to_its_proof(workshop: Path) -> None:
     assert "bertnb/first.py#L5)" in text
     assert "[the double is a sum](" in text
     assert "tests/test_first.py#L6)" in text
-    assert 'href="../notebooks/01_first.html#cell-3"' in text
+    link = '<a href="../notebooks/01_first.html#cell-3">3</a>'
+    assert f"in the chapter: cell {link}\n" in text
     assert "* - (1.2) <br> $2x = x + x$\n" in text  # the first row
+    assert f"\n  - no code\n  - in its section: cell {link}\n" in text
     assert text.endswith("\n- (1.3), Another formula\n")
+
+
+def test_equations_stand_in_the_order_of_their_numbers() -> None:
+    numbers = ["10.1", "2.10", "2.9", "9.1"]
+    assert sorted(numbers, key=ledger.order) == ["2.9", "2.10", "9.1", "10.1"]
+
+
+@pytest.mark.parametrize(
+    ("figure", "tex"),
+    [
+        (0.0, "$0$"),
+        (0.01234, "$0.012$"),
+        (0.00123, "$0.0012$"),
+        (85.2, "$85$"),
+        (1234.0, "$1.2 \\cdot 10^{3}$"),
+        (1e-5, "$10^{-5}$"),
+        (2.0e-5, "$2 \\cdot 10^{-5}$"),
+        (4.44e-16, "$4.4 \\cdot 10^{-16}$"),
+        (7.0, "$7$"),
+    ],
+)
+def test_figures_have_two_digits(figure, tex) -> None:
+    assert ledger.power(figure) == tex
+
+
+@pytest.mark.parametrize(
+    ("display", "row"),
+    [
+        (" y = 2x . \\tag{1.1} ", "y = 2x"),
+        (
+            "\\begin{aligned} a &= b , \\\\ c &= d \\end{aligned} \\tag{1.1}",
+            "a = b",
+        ),
+        (
+            "x = \\begin{cases} 1 & y \\\\ 0 & z \\end{cases} \\tag{1.1}",
+            "x = \\begin{cases} 1 & y \\\\ 0 & z \\end{cases}",
+        ),
+    ],
+)
+def test_a_display_is_shown_by_its_first_row(display, row) -> None:
+    assert ledger.first_row(display) == row
 
 
 def test_an_equation_of_the_package_without_a_test(workshop: Path) -> None:
@@ -190,7 +246,7 @@ def test_what_is_measured_is_recorded_and_shown(workshop: Path) -> None:
     assert lines == [
         {
             "test": f"{file}::test_the_double_is_a_sum",
-            "difference": 3e-9,  # the larger of the two, in two digits
+            "difference": 3.7e-9,  # the larger of the two, in two digits
             "bound": 1e-6,
         },
         {
@@ -200,10 +256,10 @@ def test_what_is_measured_is_recorded_and_shown(workshop: Path) -> None:
         },
     ]
     text = page(workshop)
-    assert "): $3 \\cdot 10^{-9}$ ≤ $10^{-6}$<br>" in text
+    assert "): $3.7 \\cdot 10^{-9}$ ≤ $10^{-6}$<br>" in text
     assert "[zero stays zero](" in text
     assert "#L11): holds<br>" in text
-    assert "the largest difference is $3 \\cdot 10^{-9}$" in text
+    assert "the largest difference is $3.7 \\cdot 10^{-9}$" in text
     assert "*not measured*" not in text
     assert not run(workshop, "tools/ledger.py", "--check").stderr
 
@@ -212,7 +268,7 @@ def test_a_proof_that_fails_leaves_the_record_alone(workshop: Path) -> None:
     change(workshop / "tests/test_first.py", "1e-6", "1e-10")
     done = run(workshop, "tools/ledger.py", "--measure")
     assert done.returncode == 1
-    assert "3e-09, above the bound 1e-10: equation (1.1)" in done.stdout
+    assert "3.7e-09, above the bound 1e-10: equation (1.1)" in done.stdout
     assert not (workshop / "book/runs/ledger.jsonl").exists()
 
 
@@ -223,7 +279,7 @@ def test_two_processes_write_one_record(workshop: Path) -> None:
     assert done.returncode == 0, done.stdout
     first, second = json.loads((workshop / "raw.json").read_text("utf-8"))
     assert first["equations"] == second["equations"] == ["1.1"]
-    assert 2.9e-9 < first["difference"] < 3.1e-9
+    assert 3.6e-9 < first["difference"] < 3.8e-9
     assert second["difference"] is None
 
 
