@@ -13,11 +13,17 @@ from bertnb.masked_lm import (
     BertForMaskedLM,
     MaskedLMHead,
     check_targets,
+    continuation_table,
     draw_positions,
+    draw_words,
     gather_positions,
     mask_tokens,
     masked_lm_loss,
+    mean_cross_entropy,
+    pseudo_log_likelihood,
+    replace_tokens,
 )
+from bertnb.tokenization import WordPieceTokenizer
 
 few = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**31 - 1)
@@ -199,6 +205,10 @@ def test_draw_positions_keeps_its_count(seed, length, count, slots):
         ({"mask_token_id": 100}, "mask_token_id=100.*vocab_size=100"),
         ({"mask_token_id": -1}, "mask_token_id=-1"),
         ({"max_predictions": 0}, "max_predictions=0"),
+        (
+            {"continuation_mask": torch.zeros(4)},
+            r"input_ids has shape \(2, 4\) and continuation_mask \(4,\)",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(change, words):
@@ -208,9 +218,224 @@ def test_wrong_arguments_are_named(change, words):
         mask(ids, special, **change)
 
 
+@pytest.mark.equation("8.4")
+def test_a_million_words_are_replaced_80_10_10():
+    """One draw decides: 81/10/9 of two independent ones would be seen."""
+    words, size = 1_000_000, 50
+    ids = torch.full((words,), 7)
+    generator = torch.Generator().manual_seed(0)
+    shown = replace_tokens(ids, size, MASK, generator)
+    count = torch.bincount(shown, minlength=size)
+    assert within(int(count[MASK]), words, 0.8 + 0.1 / size)
+    assert within(int(count[7]), words, 0.1 + 0.1 / size)
+    for other in set(range(size)) - {MASK, 7}:  # specials and [unused] too
+        assert within(int(count[other]), words, 0.1 / size)
+    assert not within(int(count[MASK]), words, 0.81)
+    assert not within(int(count[7]), words, 0.09)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_of_a_million_positions_no_special_one_is_chosen(whole):
+    ids = torch.cat([rows(seed, 2000, 128)[0] for seed in range(4)])
+    assert ids.numel() > 1_000_000
+    special = ids < 5
+    continues = (ids % 3 == 0) if whole else None
+    masked, positions, targets = mask(ids, special, continuation_mask=continues)
+    real = targets != IGNORE
+    assert not (targets[real] < 5).any()
+    assert not special.gather(1, positions)[real].any()
+    assert torch.equal(masked[special], ids[special])
+    tokens = (ids != PAD).sum(1).tolist()
+    wanted = torch.tensor([max(1, round(0.15 * n)) for n in tokens])
+    ordinary = (~special).sum(1)
+    chosen = real.sum(1)
+    if whole:
+        assert (chosen <= wanted).all()
+    else:
+        assert torch.equal(chosen, wanted.minimum(ordinary))
+    n = int(real.sum())
+    shown = masked.gather(1, positions)[real]
+    assert within(int((shown == MASK).sum()), n, 0.8 + 0.1 / 100)
+    assert within(int((shown == targets[real]).sum()), n, 0.1 + 0.1 / 100)
+
+
+def test_random_words_are_not_drawn_from_the_batch():
+    """The batch holds the ids 5 to 9; what replaces them has all 100."""
+    ids = torch.randint(5, 10, (64, 512))
+    masked, positions, targets = mask(ids, ids == 0, mlm_probability=0.9)
+    shown = masked.gather(1, positions)
+    new = shown[(shown != targets) & (shown != MASK)]
+    assert set(new.tolist()) == set(range(100)) - {MASK}
+
+
+def test_the_share_of_real_tokens_is_a_little_over_15_percent():
+    """The frame counts for n, but is never hidden: 15.2 to 15.4 %."""
+    ids = torch.full((1, 128), 9)
+    ids[0, 0], ids[0, 60], ids[0, 127] = CLS, SEP, SEP
+    _, _, targets = mask(ids, ids < 5)
+    share = int((targets != IGNORE).sum()) / 125
+    assert 0.152 <= share <= 0.154
+
+
+# whole words
+
+
+def words_of(continues, special):
+    """The places of each word of a row, in plain Python."""
+    words = []
+    for i in range(len(special)):
+        if special[i]:
+            continue
+        if words and continues[i]:
+            words[-1].append(i)
+        else:
+            words.append([i])
+    return words
+
+
+@few
+@given(
+    seeds,
+    st.floats(0.0, 0.9),
+    st.floats(0.01, 1.0),
+    st.one_of(st.none(), st.integers(1, 40)),
+)
+def test_words_are_whole_and_as_many_as_fit(seed, long, rate, limit):
+    ids, special = rows(seed)
+    generator = torch.Generator().manual_seed(seed)
+    continues = torch.rand(ids.shape, generator=generator) < long
+    options = {"mlm_probability": rate, "max_predictions": limit}
+    result = mask(ids, special, seed, continuation_mask=continues, **options)
+    again = mask(
+        ids, special, seed, continuation_mask=continues.int(), **options
+    )
+    for one, two in zip(result, again, strict=True):
+        assert torch.equal(one, two)
+    masked, positions, targets = result
+    slots = limit or max(1, round(rate * 24))
+    assert positions.shape == targets.shape == (4, slots)
+    for row in range(4):
+        k = int((targets[row] != IGNORE).sum())
+        chosen = positions[row, :k].tolist()
+        assert chosen == sorted(set(chosen))
+        assert torch.equal(targets[row, :k], ids[row, chosen])
+        rest = [i for i in range(24) if i not in chosen]
+        assert torch.equal(masked[row, rest], ids[row, rest])
+        n = int((ids[row] != PAD).sum())
+        budget = min(max(1, round(rate * n)), slots)
+        assert k <= budget
+        for word in words_of(continues[row], special[row]):
+            inside = sum(i in chosen for i in word)
+            assert inside in (0, len(word))  # whole, or not at all
+            if not inside:
+                assert len(word) > budget - k  # it would not have fitted
+
+
+def test_words_of_one_token_are_chosen_to_the_exact_count():
+    ids, special = rows(5)
+    alone = torch.zeros_like(ids)
+    for rate in (0.15, 0.5, 1.0):
+        _, _, tokens = mask(ids, special, mlm_probability=rate)
+        _, _, words = mask(
+            ids, special, mlm_probability=rate, continuation_mask=alone
+        )
+        counts = [(t != IGNORE).sum(1) for t in (tokens, words)]
+        assert torch.equal(*counts)
+
+
+def test_every_word_has_the_same_chance_where_all_are_alike():
+    special = torch.zeros(6000, 12, dtype=torch.bool)
+    special[:, [0, 11]] = True
+    continues = (torch.arange(12) % 2 == 0).expand(6000, 12)  # pairs
+    places = draw_words(
+        special,
+        continues,
+        torch.full((6000, 1), 4),
+        9,
+        torch.Generator().manual_seed(0),
+    )
+    count = torch.bincount(places.flatten(), minlength=13)
+    assert count[0] == count[11] == 0
+    assert count[12] == 6000 * 5  # empty places
+    for place in range(1, 11):
+        assert within(int(count[place]), 6000, 2 / 5)
+
+
+def test_each_piece_of_a_word_has_its_own_80_10_10():
+    ids = torch.full((20_000, 4), 9)
+    ids[:, 0], ids[:, 3] = CLS, SEP  # one word of two pieces
+    continues = torch.tensor([[False, False, True, False]]).expand_as(ids)
+    masked, _, targets = mask(
+        ids, ids < 5, mlm_probability=0.5, continuation_mask=continues
+    )
+    assert (targets == 9).all()
+    both = (masked[:, 1:3] == MASK).all(1).sum()
+    assert within(int(both), 20_000, 0.801**2)
+
+
+def test_a_piece_behind_a_special_token_joins_the_word_before_it():
+    """As in the original: only the last word counts, not the frame."""
+    ids = torch.tensor([[CLS, 7, SEP, 8, SEP]])
+    continues = ids == 8
+    for seed in range(10):
+        _, positions, targets = mask(
+            ids,
+            ids < 5,
+            seed,
+            mlm_probability=0.4,
+            continuation_mask=continues,
+        )
+        assert positions.tolist() == [[1, 3]]
+        assert targets.tolist() == [[7, 8]]
+
+
+def test_a_piece_that_opens_a_row_is_a_word():
+    ids = torch.tensor([[CLS, 7, 8, 9, SEP]])
+    continues = (ids == 7) | (ids == 8)
+    seen = set()
+    for seed in range(20):
+        _, positions, targets = mask(
+            ids, ids < 5, seed, mlm_probability=0.4, continuation_mask=continues
+        )
+        k = int((targets != IGNORE).sum())
+        seen.add(tuple(positions[0, :k].tolist()))
+    assert seen == {(1, 2), (3,)}
+
+
+def test_a_row_whose_words_are_all_too_long_has_nothing_hidden():
+    ids = torch.tensor([[CLS, 7, 8, 9, SEP]])
+    masked, positions, targets = mask(
+        ids, ids < 5, continuation_mask=ids.ge(8), max_predictions=2
+    )
+    assert torch.equal(masked, ids)
+    assert positions.tolist() == [[0, 0]]
+    assert (targets == IGNORE).all()
+    logits = torch.randn(1, 2, 100, requires_grad=True)
+    loss = masked_lm_loss(logits, targets)  # not NaN
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
+def test_the_table_of_continuations_is_the_double_sharp():
+    vocabulary = {"[PAD]": 0, "a": 1, "##a": 2, "#": 3, "##": 5, "a##": 4}
+    table = continuation_table(vocabulary)
+    assert table.dtype == torch.bool
+    assert table.tolist() == [False, False, True, False, False, True]
+
+
+def test_chinese_characters_are_words():
+    tok = WordPieceTokenizer.train(["自然语言处理 unbelievable"], 60)
+    table = continuation_table(tok.vocabulary)
+    ids = tok(["自然语言处理"])["input_ids"]
+    assert not table[ids].any()
+    assert table[tok(["unbelievable believe"])["input_ids"]].any()
+
+
 # what the loss promises
 
 
+@pytest.mark.equation("8.5")
 @few
 @given(seeds)
 def test_only_real_targets_count(seed):
@@ -239,6 +464,48 @@ def test_nothing_hidden_is_loss_0_with_gradient_0():
     loss.backward()
     assert loss.item() == 0
     assert not logits.grad.any()
+
+
+def test_padded_slots_do_not_teach_the_first_token_to_be_padding():
+    """The slots of d2l-en#2582 hold position 0 and target 0, and no weight."""
+    net = model()
+    ids, special = rows(12)
+    masked, positions, targets = mask(ids, special)
+    bias = net.masked_lm.bias
+    gradients = []
+    for empty in (0, 5):
+        places = torch.nn.functional.pad(positions, (0, empty))
+        words = torch.nn.functional.pad(targets, (0, empty), value=IGNORE)
+        loss = net(masked, masked_positions=places, labels=words).loss
+        gradients.append(torch.autograd.grad(loss, bias)[0])
+    torch.testing.assert_close(*gradients)
+    assert gradients[0][PAD] > 0  # its score only falls
+
+
+def test_the_loss_is_the_mean_over_the_batch_and_not_of_the_rows_means():
+    torch.manual_seed(3)
+    logits = torch.randn(2, 4, 9)
+    targets = torch.tensor([[1, 2, 3, 4], [5, -100, -100, -100]])
+    rows_means = [masked_lm_loss(logits[b], targets[b]) for b in (0, 1)]
+    loss = masked_lm_loss(logits, targets)
+    expected = (4 * rows_means[0] + rows_means[1]) / 5
+    torch.testing.assert_close(loss, expected)
+    assert (loss - sum(rows_means) / 2).abs() > 0.01
+
+
+def test_any_classes_have_the_same_loss_and_their_own_name():
+    torch.manual_seed(4)
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 2, -100, 1, 1])
+    assert torch.equal(
+        mean_cross_entropy(logits, labels, "labels"),
+        masked_lm_loss(logits, labels),
+    )
+    with pytest.raises(ValueError, match="places holds 3; expected 0 to 2"):
+        mean_cross_entropy(logits, labels + 1, "places")
+    with pytest.raises(ValueError, match=r"places has shape \(4,\)"):
+        mean_cross_entropy(logits, labels[:4], "places")
+    with pytest.raises(TypeError, match="places has dtype"):
+        mean_cross_entropy(logits, labels.int(), "places")
 
 
 def test_sixteen_bits_are_summed_in_float32_and_float64_is_kept():
@@ -276,7 +543,7 @@ def test_targets_are_checked_by_name():
             masked_lm_loss(logits, targets)
     check_targets(torch.tensor([0, 6, IGNORE]), "labels", 7)
     check_targets(torch.tensor([]).long(), "labels", 7)
-    with pytest.raises(TypeError, match="labels has dtype torch.float32"):
+    with pytest.raises(TypeError, match="labels has dtype"):
         check_targets(torch.tensor([1.0]), "labels", 7)
     with pytest.raises(ValueError, match="labels holds 7"):
         check_targets(torch.tensor([7]), "labels", 7)
@@ -337,6 +604,7 @@ def test_padding_width_changes_nothing():
     torch.testing.assert_close(wide_loss, narrow_loss)
 
 
+@pytest.mark.equation("8.7")
 def test_the_table_is_one_and_learns_from_both_ends():
     net = model()
     names = [name for name, _ in net.named_parameters()]
@@ -360,6 +628,7 @@ def test_the_table_is_one_and_learns_from_both_ends():
     assert parts[1].any(1).nonzero().flatten().tolist() == [2, 3, 4, 7]
 
 
+@pytest.mark.equation("8.8")
 def test_a_new_model_guesses():
     torch.manual_seed(0)
     net = model(vocab_size=5000, hidden_size=64)
@@ -437,3 +706,77 @@ def test_a_compiled_graph_does_not_look_at_values(monkeypatch):
         check_targets(bad, "labels", 10)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     check_targets(bad, "labels", 10)
+
+
+# the score of a sentence
+
+
+def test_the_score_of_a_row_does_not_depend_on_its_batch():
+    net = model(initializer_range=0.2)
+    ids, special = rows(13)
+    options = {"mask_token_id": MASK, "attention_mask": ids != PAD}
+    scores = pseudo_log_likelihood(net, ids, special, **options)
+    assert (scores < 0).all()
+    assert not scores.requires_grad
+    for row in range(4):
+        n = int((ids[row] != PAD).sum())
+        alone = pseudo_log_likelihood(
+            net, ids[row : row + 1, :n], special[row : row + 1, :n],
+            mask_token_id=MASK,
+        )  # fmt: skip
+        torch.testing.assert_close(alone[0], scores[row])
+
+
+def test_a_score_hides_each_word_from_itself():
+    """What stands at a place has no say in its own probability."""
+    net = model(initializer_range=0.2)
+    ids = torch.tensor([[CLS, 7, 8, SEP]])
+    special = torch.tensor([[1, 1, 0, 1]])
+    p = [
+        pseudo_log_likelihood(
+            net, ids.masked_fill(ids == 8, word), special, mask_token_id=MASK
+        ).exp()
+        for word in range(100)
+    ]
+    assert sum(p).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_scoring_sleeps_and_wakes_the_dropout():
+    net = model(hidden_dropout_prob=0.5)
+    ids, special = rows(14)
+    calm = pseudo_log_likelihood(net, ids, special, mask_token_id=MASK)
+    assert not net.training
+    net.train()
+    again = pseudo_log_likelihood(net, ids, special, mask_token_id=MASK)
+    assert net.training
+    assert torch.equal(calm, again)
+
+
+def test_segments_and_padding_are_seen_by_the_score():
+    net = model(initializer_range=0.2)
+    ids, special = rows(15, words=5)
+    plain = pseudo_log_likelihood(net, ids, special, mask_token_id=MASK)
+    for change in (
+        {"token_type_ids": torch.ones_like(ids)},
+        {"attention_mask": ids != 9},
+    ):
+        other = pseudo_log_likelihood(
+            net, ids, special, mask_token_id=MASK, **change
+        )
+        assert not torch.allclose(other, plain)
+
+
+def test_a_row_without_words_has_score_0():
+    net = model()
+    ids = torch.tensor([[CLS, SEP]])
+    score = pseudo_log_likelihood(net, ids, ids < 5, mask_token_id=MASK)
+    assert score.tolist() == [0]
+
+
+def test_wrong_rows_are_named_by_the_score():
+    net = model()
+    ids = torch.tensor([[CLS, 7, SEP]])
+    with pytest.raises(ValueError, match="input_ids holds 100"):
+        pseudo_log_likelihood(net, ids + 93, ids < 5, mask_token_id=MASK)
+    with pytest.raises(ValueError, match=r"special_tokens_mask \(3,\)"):
+        pseudo_log_likelihood(net, ids, ids[0] < 5, mask_token_id=MASK)
