@@ -303,7 +303,7 @@ def proof_of(ledger: Ledger, one: Equation) -> str:
     parts = []
     for proof in sorted(one.proofs, key=lambda proof: proof.id):
         words = proof.name.removeprefix("test_").replace("_", " ")
-        text = f"[{words}]({blob(proof.path, proof.number)}): "
+        text = f'[{words}]({blob(proof.path, proof.number)} "{proof.id}"): '
         if proof.id not in ledger.figures:
             text += "*not measured*"
         elif (figure := ledger.figures[proof.id]) is None:

@@ -150,7 +150,8 @@ def test_the_page_leads_from_the_equation_to_its_proof(workshop: Path) -> None:
     assert "`double <bertnb.first.double>` [`first.py:5`](" in text
     assert "bertnb/first.py#L5)" in text
     assert "[the double is a sum](" in text
-    assert "tests/test_first.py#L6)" in text
+    name = "tests/test_first.py::test_the_double_is_a_sum"
+    assert f'tests/test_first.py#L6 "{name}"): ' in text
     link = '<a href="../notebooks/01_first.html#cell-3">3</a>'
     assert f"in the chapter: cell {link}\n" in text
     assert "* - (1.2) <br> $2x = x + x$\n" in text  # the first row
@@ -256,9 +257,9 @@ def test_what_is_measured_is_recorded_and_shown(workshop: Path) -> None:
         },
     ]
     text = page(workshop)
-    assert "): $3.7 \\cdot 10^{-9}$ ≤ $10^{-6}$<br>" in text
+    assert "$3.7 \\cdot 10^{-9}$ ≤ $10^{-6}$<br>" in text
     assert "[zero stays zero](" in text
-    assert "#L11): holds<br>" in text
+    assert '::test_zero_stays_zero"): holds<br>' in text
     assert "the largest difference is $3.7 \\cdot 10^{-9}$" in text
     assert "*not measured*" not in text
     assert not run(workshop, "tools/ledger.py", "--check").stderr
