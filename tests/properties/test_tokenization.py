@@ -9,8 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.trainers import WordPieceTrainer
 
-from bertnb.configuration import BertnbError
-from bertnb.tokenization import SPECIAL_TOKENS, WordPieceTokenizer, wordpiece
+from bertnb.configuration import BertnbError, locate
+from bertnb.tokenization import (
+    CHINESE_RANGES,
+    SPECIAL_TOKENS,
+    WordPieceTokenizer,
+    basic_tokenize,
+    is_chinese,
+    is_control,
+    is_punctuation,
+    is_whitespace,
+    read_vocabulary,
+    wordpiece,
+)
 
 few = settings(max_examples=25, deadline=None)
 CORPUS = [
@@ -23,6 +34,59 @@ TOK = WordPieceTokenizer.train(CORPUS, 110)
 
 def vocabulary_of(*pieces):
     return {p: i for i, p in enumerate([*SPECIAL_TOKENS, *pieces])}
+
+
+# the rules for words; every character: tests/parity/test_tokenization_oracle
+
+
+def test_controls_are_dropped_and_blanks_become_spaces():
+    for c in "\x00\x1b\x7f\x85\u200b\u00ad\ufeff":
+        assert is_control(c)
+        assert basic_tokenize(f"a{c}b") == ["ab"]
+    assert basic_tokenize("a\ufffdb") == ["ab"]
+    for c in "\t\n\r \u00a0\u3000\u202f\u2009":
+        assert is_whitespace(c)
+        assert not is_control(c)
+        assert basic_tokenize(f"a{c}{c}b{c}") == ["a", "b"]
+    assert not is_whitespace("\u200b")
+    for c in "\u2028\u2029":  # no blanks, but str.split knows them
+        assert not is_whitespace(c)
+        assert basic_tokenize(f"a{c}b") == ["a", "b"]
+
+
+def test_all_ascii_signs_and_unicode_punctuation_are_words():
+    signs = [*range(33, 48), *range(58, 65), *range(91, 97), *range(123, 127)]
+    assert [n for n in range(128) if is_punctuation(chr(n))] == signs
+    assert basic_tokenize("x^2 `$5`") == ["x", "^", "2", "`", "$", "5", "`"]
+    assert basic_tokenize("5\u20ac m\u00b2") == ["5\u20ac", "m\u00b2"]
+    assert basic_tokenize("a\u2014b\u3002") == ["a", "\u2014", "b", "\u3002"]
+
+
+def test_eight_ranges_are_chinese_and_no_kana_or_hangul():
+    assert len(CHINESE_RANGES) == 8
+    for first, last in CHINESE_RANGES:
+        assert is_chinese(chr(first))
+        assert is_chinese(chr(last))
+    for number in (0x4DFF, 0xA000, 0x2A6E0, 0x2CEB0, 0xF8FF, 0xFB00, 0x2FA20):
+        assert not is_chinese(chr(number))
+    assert basic_tokenize("a\u6211\u7231b") == ["a", "\u6211", "\u7231", "b"]
+    assert basic_tokenize("\u3072\u3089") == ["\u3072\u3089"]
+    assert not is_chinese("\ud55c")
+
+
+def test_marks_go_with_lower_case_only():
+    assert basic_tokenize("Caf\u00c9 e\u0301") == ["cafe", "e"]
+    assert basic_tokenize("\u0939\u093f\u0928\u094d") == ["\u0939\u093f\u0928"]
+    assert basic_tokenize("\u0645\u064f") == ["\u0645"]
+    assert basic_tokenize("\ud55c") == ["\u1112\u1161\u11ab"]
+    assert basic_tokenize("\u0130") == ["i"]  # lower case makes a mark
+
+
+def test_cased_text_is_not_normalised_at_all():
+    for word in ("Caf\u00e9", "e\u0301", "\u212b", "\ud55c", "\u0130"):
+        assert basic_tokenize(word, lowercase=False) == [word]
+        assert basic_tokenize(word, True, False) == [word.lower()]
+    assert basic_tokenize("\u00c9", False, True) == ["E"]
 
 
 # the rule (7.1)
@@ -113,10 +177,11 @@ def test_a_vocabulary_too_small_for_the_letters_is_refused():
     assert WordPieceTokenizer.train(["ab"], 8).vocab_size == 8
 
 
-# rows (7.3)
+# rows (7.6)
 
 
 @few
+@pytest.mark.equation("7.6")
 @given(
     st.lists(st.text("the men ,", max_size=20), min_size=1, max_size=4),
     st.one_of(st.none(), st.integers(3, 12)),
@@ -172,6 +237,57 @@ def test_offsets_are_places_in_the_text(text):
         if piece != "[UNK]":
             cut = unicodedata.normalize("NFD", text[left:right].lower())
             assert cut.replace("\u0301", "") == piece.removeprefix("##")
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz,.[]"
+SPELLS = WordPieceTokenizer(
+    vocabulary_of(
+        *LETTERS,
+        *("##" + c for c in LETTERS),
+        *("\u1112", "##\u1161", "##\u11ab", "\u6211"),
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        ("a\u200bb", [(0, 1), (2, 3)]),  # a character vanishes
+        ("x\x00\ufffdy z", [(0, 1), (3, 4), (5, 6)]),
+        ("\u200b\u200ba", [(2, 3)]),
+        ("caf\u00e9s", [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]),
+        ("e\u0301s", [(0, 1), (2, 3)]),  # a mark vanishes
+        ("\u0301a", [(1, 2)]),
+        ("\ud55c", [(0, 1)] * 3),  # one becomes three
+        ("\u0130i", [(0, 1), (1, 2)]),
+        ("a\u6211b", [(0, 1), (1, 2), (2, 3)]),  # spaces are put in
+        ("  a\t\u3000b ", [(2, 3), (5, 6)]),
+        ("\U0001f917 a", [(0, 1), (2, 3)]),  # one character, four bytes
+    ],
+)
+def test_offsets_count_the_texts_own_characters(text, places):
+    row = SPELLS([text], return_offsets=True, return_tensors=None)
+    assert row["offset_mapping"][0][1:-1] == places
+
+
+@few
+@given(
+    st.text(st.sampled_from("abA\u00e9\u0301\u200b \ud55c\u6211.\x00\u0130"))
+)
+def test_the_place_of_a_piece_holds_its_letters(text):
+    row = SPELLS([text], return_offsets=True, return_tensors=None)
+    places = row["offset_mapping"][0][1:-1]
+    for piece, (left, right) in zip(SPELLS.tokenize(text), places, strict=True):
+        letters = "".join(basic_tokenize(text[left:right]))
+        assert piece == "[UNK]" or piece.removeprefix("##") in letters
+
+
+def test_decoding_loses_capitals_accents_spaces_and_unknown_words():
+    text = "A  Caf\u00e9\u200b ,no . \U0001f917 \u6211\u6211"
+    ids = SPELLS.ids([text])[0]
+    assert SPELLS.decode(ids) == "a cafe, no. \u6211 \u6211"
+    whole = "a cafe, no. [UNK] \u6211 \u6211"
+    assert SPELLS.decode(ids, skip_special_tokens=False) == whole
 
 
 def test_a_single_text_is_a_batch_of_one():
@@ -257,7 +373,28 @@ def test_decode_joins_pieces_and_leaves_out_special_tokens():
             "single text",
         ),
         (lambda: WordPieceTokenizer.train([b"x"], 50), TypeError, "bytes"),
+        (lambda: TOK(b"x"), TypeError, r"texts\[0\] is of type int"),
+        (lambda: TOK([b"\xff"]), TypeError, r"texts\[0\] is of type bytes"),
         (lambda: WordPieceTokenizer({"a": 0}), ValueError, r"lacks \[PAD\]"),
+        (
+            lambda: WordPieceTokenizer(
+                TOK.vocabulary, never_split=["a", "U.S."]
+            ),
+            ValueError,
+            "vocabulary lacks U.S.$",
+        ),
+        (
+            lambda: WordPieceTokenizer(TOK.vocabulary, never_split="a"),
+            TypeError,
+            "never_split='a'; expected a list",
+        ),
+        (
+            lambda: WordPieceTokenizer(
+                TOK.vocabulary, max_input_chars_per_word=0
+            ),
+            ValueError,
+            "max_input_chars_per_word=0; expected 1",
+        ),
         (
             lambda: WordPieceTokenizer({**vocabulary_of(), "a": 6}),
             ValueError,
@@ -309,6 +446,40 @@ def test_a_saved_folder_gives_the_tokenizer_back(tmp_path):
     tok.save_pretrained(tmp_path / "new" / "folder")  # over the old one
 
 
+def test_revision_and_token_reach_the_hub(tmp_path, monkeypatch):
+    TOK.save_pretrained(tmp_path)
+    asked = []
+
+    def ask(path, name, revision=None, token=None):
+        asked.append((path, name, revision, token))
+        return locate(tmp_path, name)
+
+    monkeypatch.setattr("bertnb.tokenization.locate", ask)
+    names = {"vocab.txt", "tokenizer.json", "tokenizer_config.json"}
+    back = WordPieceTokenizer.from_pretrained(
+        "some/model", revision="v1", token="secret"
+    )
+    assert set(asked) == {("some/model", n, "v1", "secret") for n in names}
+    assert back.vocabulary == TOK.vocabulary
+    asked.clear()
+    read_vocabulary("some/model")
+    assert set(asked) == {("some/model", n, None, None) for n in names}
+
+
+def test_added_tokens_of_others_are_ordinary_text(tmp_path):
+    """Ours stand alone and are not special: only those stay whole."""
+    added = [
+        {"content": "[MASK]", "single_word": False, "special": True},
+        {"content": "a", "single_word": True, "special": False},
+        {"content": "b", "single_word": False, "special": True},
+        {"content": "[CLS]", "single_word": True, "special": True},
+    ]
+    write(tmp_path, tokenizer_json={"model": MODEL, "added_tokens": added})
+    tok = WordPieceTokenizer.from_pretrained(tmp_path)
+    assert tok.never_split == ("a",)
+    assert tok.max_input_chars_per_word == 100
+
+
 def test_lines_end_at_line_feeds_only(tmp_path):
     write(tmp_path, vocab_txt=PIECES + "\n\u2028\n##\u2028\nc\n")
     tok = WordPieceTokenizer.from_pretrained(tmp_path)
@@ -347,6 +518,7 @@ def test_vocab_txt_counts_before_tokenizer_json(tmp_path):
         ({"tokenizer_json": {"model": {"type": "BPE"}}}, "'BPE'"),
         ({"tokenizer_json": {"version": "1"}}, "None; expected 'WordPiece'"),
         ({"tokenizer_json": "{"}, "not valid JSON"),
+        ({"tokenizer_json": {"model": {"type": "WordPiece"}}}, "lacks"),
         (
             {
                 "tokenizer_json": {
