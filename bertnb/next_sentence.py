@@ -4,8 +4,10 @@ Written by tools/extract.py from notebooks/09_next_sentence.md: edit that notebo
 """
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
 from statistics import NormalDist
 
 import torch.nn.functional as F
@@ -25,12 +27,14 @@ __all__ = [
     "sample_pairs",
     "truncate_pair",
     "original_pairs",
-    "Sampler",
     "SAMPLERS",
     "next_sentence_loss",
     "NextSentenceOutput",
     "BertForNextSentencePrediction",
     "accuracy_interval",
+    "PairReport",
+    "FAULTS",
+    "lint_pairs",
 ]
 
 
@@ -57,10 +61,11 @@ def sample_pairs(
     """Cut documents into pairs of neighbouring segments, and give every other
     pair a stranger as its second segment, (9.1).
 
-    Exactly half of the pairs (one less if their number is odd) are NOT_NEXT,
-    and their second segment is always from another document. A pair has at
-    most `max_tokens` tokens. Empty sentences and documents are left out; a
-    document of one sentence gives strangers, but no pair.
+    Exactly half of the pairs (one less if their number is odd) are NOT_NEXT.
+    Their second segment is the second segment of another pair, of about the
+    same length, and always from another document. A pair has at most
+    `max_tokens` tokens. Empty sentences and documents are left out; a document
+    of one sentence gives strangers, but no pair.
 
     Raises:
         ValueError: fewer than two documents, or no room for two tokens.
@@ -71,27 +76,42 @@ def sample_pairs(
             f"documents has {len(filled)} with text: expected at least 2, "
             "for a random second segment comes from another document"
         )
-    neighbours = [
+    groups = [
         (own, *split)
         for own, (_, document) in enumerate(filled)
         for split in _neighbours(document, max_tokens, rng)
     ]
-    rng.shuffle(neighbours)
-    half = len(neighbours) // 2
+    rng.shuffle(groups)
+    half = len(groups) // 2
+    lone = [(i, d[0]) for i, (_, d) in enumerate(filled) if len(d) == 1]
+    strangers = _strangers([(i, s) for i, _, s in groups] + lone, half, rng)
     pairs = []
-    for i, (own, first, second) in enumerate(neighbours):
+    for i, (own, first, second) in enumerate(groups):
         other, label = own, IS_NEXT
         if i < half:
-            other = rng.randrange(len(filled) - 1)
-            other, label = other + (other >= own), NOT_NEXT
-            # as long as a true second segment, or its length would tell
-            wanted = max_tokens - len(first)
-            second = _stretch(filled[other][1], wanted, rng)
+            (other, second), label = strangers[i], NOT_NEXT
         first, second = truncate_pair(first, second, max_tokens, rng)
         numbers = filled[own][0], filled[other][0]
         pairs.append(Pair(first, second, label, numbers))
     rng.shuffle(pairs)
     return pairs
+
+
+def _strangers(
+    segments: Sequence[tuple[int, Sentence]], half: int, rng: random.Random
+) -> list[tuple[int, Sentence]]:
+    """Return, for each of the first `half` segments, the next longer or the
+    next shorter one of another document, by chance."""
+    order = sorted(range(len(segments)), key=lambda i: len(segments[i][1]))
+    near: list[list[int]] = [[] for _ in range(half)]
+    for way in (order, order[::-1]):
+        other = None  # the last segment of another document
+        for last, i in pairwise(way):
+            if segments[last][0] != segments[i][0]:
+                other = last
+            if other is not None and i < half:
+                near[i].append(other)
+    return [segments[rng.choice(near[i])] for i in range(half)]
 
 
 def _filled(
@@ -121,13 +141,10 @@ def _neighbours(
         full = size >= max_tokens or i == len(document) - 1
         if full and len(group) > 1:
             cut = rng.randint(1, len(group) - 1)
-            splits.append((_joined(group[:cut]), _joined(group[cut:])))
+            first, second = list(chain(*group[:cut])), list(chain(*group[cut:]))
+            splits.append((first, second))
             group, size = [], 0
     return splits
-
-
-def _joined(sentences: Iterable[Sentence]) -> Sentence:
-    return [token for sentence in sentences for token in sentence]
 
 
 def _stretch(
@@ -205,7 +222,7 @@ def _original_pairs(
         cut = start + 1
         if end - start > 1:
             cut = rng.randint(start + 1, end - 1)
-        first = _joined(document[start:cut])
+        first = list(chain(*document[start:cut]))
         if end - start == 1 or rng.random() < 0.5:
             other, text = filled[_ten_tries(filled, own, rng)]
             label = NOT_NEXT
@@ -213,7 +230,7 @@ def _original_pairs(
             start = cut  # the rest of the chunk is put back
         else:
             label, other = IS_NEXT, number
-            second = _joined(document[cut:end])
+            second = list(chain(*document[cut:end]))
             start = end
         first, second = truncate_pair(first, second, max_tokens, rng)
         pairs.append(Pair(first, second, label, (number, other)))
@@ -232,17 +249,11 @@ def _chunk_end(document: Sequence[Sentence], start: int, target: int) -> int:
 
 def _ten_tries(filled: Sequence[object], own: int, rng: random.Random) -> int:
     """Draw a document, at most ten times, until it is another one."""
-    for _ in range(10):
-        other = rng.randrange(len(filled))
-        if other != own:
-            break
-    return other
+    draws = (rng.randrange(len(filled)) for _ in range(10))
+    return next((other for other in draws if other != own), own)
 
 
-Sampler = Callable[
-    [Sequence[Sequence[Sentence]], int, random.Random], list[Pair]
-]
-SAMPLERS: dict[str, Sampler] = {
+SAMPLERS: dict[str, Callable[..., list[Pair]]] = {
     "exact": sample_pairs,
     "original": original_pairs,
 }
@@ -338,3 +349,116 @@ def accuracy_interval(accuracy: float, trials: int) -> tuple[float, float]:
     middle = (accuracy + u**2 / (2 * trials)) / scale
     reach = u * variance**0.5 / scale
     return max(0.0, middle - reach), min(1.0, middle + reach)
+
+
+# %% A linter for pairs
+@dataclass(frozen=True)
+class PairReport:
+    """What `lint_pairs` found: counts and shares; its `str` is a table.
+
+    The two accuracies are those of a rule that looks at one thing only, both
+    labels weighted alike: 0.5 is a coin. None where a figure cannot be told.
+    """
+
+    pairs: int
+    not_next: float  # share of the label NOT_NEXT
+    cross_document: float | None  # share of pairs from two documents
+    same_document_strangers: int | None  # NOT_NEXT, and yet one document
+    two_document_followers: int | None  # IS_NEXT, and yet two documents
+    length_accuracy: float | None  # best threshold on a length, (9.8)
+    document_accuracy: float | None  # from the second segment's document
+    duplicates: int
+    empty: int  # pairs with an empty segment
+
+    @property
+    def warnings(self) -> dict[str, str]:
+        """Each figure that chance does not explain: its name, and why."""
+        n, share = self.pairs, self.not_next
+        doubt = 1.95 / max(n * share * (1 - share), 1) ** 0.5  # (9.9)
+        checks = {
+            "not_next": abs(share - 0.5) > 1.65 / n**0.5,
+            "same_document_strangers": self.same_document_strangers,
+            "two_document_followers": self.two_document_followers,
+            "length_accuracy": (self.length_accuracy or 0) > 0.51 + doubt / 2,
+            "document_accuracy": (self.document_accuracy or 0) > 0.51 + doubt,
+            "duplicates": self.duplicates > 0.01 * n,
+            "empty": self.empty,
+        }
+        return {name: FAULTS[name] for name, bad in checks.items() if bad}
+
+    def __str__(self) -> str:
+        lines = []
+        for name, value in vars(self).items():
+            form = ".1%" if isinstance(value, float) else ","
+            text = "not known" if value is None else format(value, form)
+            lines.append(f"{name:24}{text:>10}")
+        lines += [f"WARNING {k}: {why}" for k, why in self.warnings.items()]
+        return "\n".join(lines)
+
+
+FAULTS = {
+    "not_next": "the labels are not equally frequent",
+    "same_document_strangers": "NOT_NEXT, but both from one document",
+    "two_document_followers": "IS_NEXT, but from two documents",
+    "length_accuracy": "the length of the segments tells the label",
+    "document_accuracy": "the second segment's document tells the label",
+    "duplicates": "more than one pair in a hundred is a copy",
+    "empty": "a segment without tokens",
+}
+
+
+def lint_pairs(pairs: Sequence[Pair]) -> PairReport:
+    """Look for the known faults of pairs for next sentence prediction.
+
+    Pairs that do not say their `documents` are judged by the rest.
+
+    Raises:
+        ValueError: there is no pair, or a label is neither 0 nor 1.
+    """
+    labels = Counter(p.label for p in pairs)
+    if not pairs or not labels.keys() <= {IS_NEXT, NOT_NEXT}:
+        raise ValueError(
+            f"pairs has {len(pairs)} with the labels {sorted(labels)}: "
+            "expected at least 1, and only 0 and 1"
+        )
+    weights = {y: (-1) ** y / n for y, n in labels.items()}
+    places = [p.documents for p in pairs if p.documents]
+    known, both = len(places) == len(pairs), len(labels) == 2
+    cases = Counter((p.label, len({*(p.documents or ())})) for p in pairs)
+    seconds = [(weights[p.label], b) for p, (_, b) in zip(pairs, places)]
+    return PairReport(
+        len(pairs),
+        labels[NOT_NEXT] / len(pairs),
+        sum(a != b for a, b in places) / len(pairs) if known else None,
+        cases[NOT_NEXT, 1] if known else None,
+        cases[IS_NEXT, 2] if known else None,
+        _length_accuracy(pairs, weights) if both else None,
+        _document_accuracy(seconds) if both and known else None,
+        len(pairs) - len({(*p.first, None, *p.second) for p in pairs}),
+        sum(not (p.first and p.second) for p in pairs),
+    )
+
+
+def _length_accuracy(
+    pairs: Sequence[Pair], weights: Mapping[int, float]
+) -> float:
+    """Return (1 + D) / 2 for the length that has the largest D, (9.8)."""
+    gaps = []
+    for a, b in ((1, 0), (0, 1), (1, 1)):  # first, second, both together
+        steps: dict[int, float] = defaultdict(float)
+        for p in pairs:
+            steps[a * len(p.first) + b * len(p.second)] += weights[p.label]
+        gaps += [abs(d) for d in accumulate(steps[k] for k in sorted(steps))]
+    return (1 + max(gaps)) / 2
+
+
+def _document_accuracy(cases: Sequence[tuple[float, int]]) -> float:
+    """Learn from half of the (weight, document) which label each document has
+    more often, and return how much of the other half that gets right."""
+    shuffled = random.Random(0).sample(cases, len(cases))
+    votes: dict[int, float] = defaultdict(float)
+    for weight, document in shuffled[::2]:
+        votes[document] += weight
+    test = [(weight, votes[document]) for weight, document in shuffled[1::2]]
+    right = sum(abs(w) * (1 + (v * w > 0) - (v * w < 0)) / 2 for w, v in test)
+    return right / sum(abs(w) for w, _ in test)
