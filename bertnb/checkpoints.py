@@ -98,7 +98,7 @@ def crc32c(data: bytes) -> int:
 def masked_crc32c(data: bytes) -> int:
     """Return the check sum as TensorFlow stores it, (15.3)."""
     crc = crc32c(data)
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & ONES
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & ONES  # modulo 2^32
 
 
 # %% The files of 2018
@@ -342,10 +342,9 @@ def from_tf_checkpoint(
     if prefix.is_dir():
         found = sorted(prefix.glob("*.index"))
         if len(found) != 1:
-            names = [path.name for path in found] or "no .index"
             raise (ValueError if found else FileNotFoundError)(
-                f"{prefix} holds {names}; expected one checkpoint, or its "
-                "prefix, such as folder/bert_model.ckpt"
+                f"{prefix} holds {[path.name for path in found]}; expected one "
+                ".index, or a prefix such as folder/bert_model.ckpt"
             )
         prefix = found[0].with_suffix("")
     file = locate(prefix.parent, "bert_config.json")
@@ -353,12 +352,11 @@ def from_tf_checkpoint(
     arguments = head_arguments or model_class.saved_head_arguments(
         read_json(file)
     )
-    weights = {
-        hf_name_from_tf(name): tensor.T if name.endswith("kernel") else tensor
-        for name, tensor in read_tf_checkpoint(
-            prefix, TF_IGNORED + tuple(ignore)
-        ).items()
-    }  # (15.4)
+    tensors = read_tf_checkpoint(prefix, TF_IGNORED + tuple(ignore))
+    weights = {  # the kernels turned, (15.4)
+        hf_name_from_tf(n): t.T if n.endswith("kernel") and t.dim() == 2 else t
+        for n, t in tensors.items()
+    }
     model = model_class(config, **arguments)
     model.load_hf_weights(weights, f"{prefix}.index")
     return model.eval()
@@ -415,6 +413,5 @@ def resize_vocabulary(
 def _longer(old: nn.Parameter, start: Tensor) -> nn.Parameter:
     """Return `start` with the rows of `old` in front, as far as they go."""
     rows = start.to(old)
-    kept = min(len(rows), len(old))
-    rows[:kept] = old.detach()[:kept]
+    rows[: len(old)] = old.detach()[: len(rows)]
     return nn.Parameter(rows, requires_grad=old.requires_grad)
