@@ -51,6 +51,12 @@ double(2)
 $$
 z = y \\tag{1.3}
 $$
+
+## Something else
+
+```{code-cell} ipython3
+5
+```
 """
 SECOND = """# The second chapter
 
@@ -74,7 +80,7 @@ TESTS = """import pytest
 
 
 @pytest.mark.equation("1.1")
-@pytest.mark.parametrize("x", [1.0, 3.0])
+@pytest.mark.parametrize("x", [3.0, 1.0])
 def test_the_double_is_a_sum(x, measured):
     measured(2 * x + x * 1.234e-9 - (x + x), 1e-6)
 
