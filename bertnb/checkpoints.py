@@ -63,10 +63,9 @@ def _after_a_word(rests: Words) -> Words:
 
 def _apply(shift: Words, rests: Words) -> Words:
     """Apply a linear map, given as what it makes of the 32 single bits."""
-    result = np.zeros_like(rests)
-    for bit, image in enumerate(shift):
-        result ^= (rests >> bit & 1) * image
-    return result
+    bits = rests[:, None] >> np.arange(32, dtype=np.uint32) & 1
+    images: Words = np.bitwise_xor.reduce(bits * shift, axis=1)
+    return images
 
 
 def crc32c(data: bytes) -> int:
