@@ -13,7 +13,7 @@ __all__ = ["BertForTokenClassification"]
 
 # %% The code
 class BertForTokenClassification(BertClassifier):
-    """BERT with a linear classifier on each token's vector, (19.1).
+    """BERT with a linear classifier on each token's vector, (19.2).
 
     `labels` of the call are int64 (B, L), -100 for tokens without a class.
     """
@@ -21,5 +21,5 @@ class BertForTokenClassification(BertClassifier):
     pooled = False
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean over the tokens that have a class, (19.2)."""
+        """Return the mean over the tokens that have a class, (19.3)."""
         return mean_cross_entropy(logits, labels, "labels")
