@@ -172,8 +172,9 @@ def read_page(app: Sphinx, doctree: nodes.document) -> None:
     if chapter:
         # in the side bar, the title bar and the links to the next page
         prefix = f"{chapter}. "
-        for title in (app.env.titles[page], app.env.longtitles[page]):
-            title.insert(0, nodes.Text(prefix))
+        title, long = app.env.titles[page], app.env.longtitles[page]
+        for node in (title,) if title is long else (title, long):
+            node.insert(0, nodes.Text(prefix))
         entry = next(iter(app.env.tocs[page].findall(nodes.reference)))
         entry.insert(0, nodes.Text(prefix))
 

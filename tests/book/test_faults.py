@@ -324,6 +324,7 @@ def test_a_sound_book_links_its_equations(workshop: Path) -> None:
     assert 'href="01_first.html#eq-1-1"' in second
     assert ">bertnb/first.py</a>" in first
     assert '<p class="chapter-number">Chapter 2</p>' in second
+    assert "<title>2. The second chapter" in second
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,18 @@ def test_every_equation_has_an_anchor(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: path.stem)
+def test_chapter_and_ledger_lead_to_each_other(path: Path) -> None:
+    there = {url for _, url in links(HTML / "book" / "ledger.html").urls}
+    chapter = f"notebooks/{path.stem}.html"
+    numbers = re.findall(r"\\tag\{([\d.]+)\}", path.read_text("utf-8"))
+    for number in numbers:
+        assert f"../{chapter}#eq-{number.replace('.', '-')}" in there
+    part = f"../book/ledger.html#ledger-{path.stem.replace('_', '-')}"
+    here = {url for _, url in links(HTML / chapter).urls}
+    assert (part in here) == bool(numbers)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: path.stem)
 def test_a_notebook_can_be_opened_elsewhere(path: Path) -> None:
     urls = {u for _, u in links(HTML / "notebooks" / f"{path.stem}.html").urls}
     place = repository().removeprefix("https://github.com/")
