@@ -412,6 +412,8 @@ def test_a_special_string_is_three_pieces_in_the_original_and_in_ours():
     theirs = BertTokenizerFast(vocab=pieces)
     assert theirs.tokenize("[MASK]") == ["[MASK]"]
     assert ours.tokenize("[MASK]", allow_special=True) == ["[MASK]"]
+    asked = theirs("[MASK]", split_special_tokens=True)["input_ids"]
+    assert asked == ours("[MASK]", return_tensors=None)["input_ids"][0]
 
 
 # vocabularies as files
