@@ -343,17 +343,17 @@ def test_ten_draws_look_for_another_document():
     assert 1 <= own <= 20  # 8,000 pairs, of which one in 1,024
 
     class Stubborn(random.Random):
-        """Counts the draws, which all give the first of two documents."""
+        """Counts the draws, which all give the second of two documents."""
 
         drawn = 0
 
         def randrange(self, *bounds):
             self.drawn += bounds == (2,)
-            return 0
+            return bounds[0] - 1
 
     rng = Stubborn(0)
     pairs = original_pairs(documents, 9, rng, 0)
-    assert rng.drawn == 11  # ten for the first document, one for the second
+    assert rng.drawn == 11  # ten for the second document, one for the first
     assert sorted(p.documents[0] == p.documents[1] for p in pairs) == [0, 1]
 
 
