@@ -1,6 +1,7 @@
 """The page on what the articles say: rows, verdicts, links and counts."""
 
 import importlib.util
+import json
 import re
 from collections import Counter
 from typing import NamedTuple
@@ -224,6 +225,21 @@ def test_each_program_of_the_articles_was_run() -> None:
     for row in ROWS:
         if row.kind == "P" and "whole program" in row.says:
             assert "90_articles.ipynb" in row.book, row.id
+
+
+def test_the_chapter_says_what_the_record_holds() -> None:
+    record = json.loads(
+        (ROOT / "book/runs/articles-tensorflow.json").read_text()
+    )
+    first, second = record["article 000"], record["article 003"]
+    assert first["model(tensor, attention mask)"] == "None"
+    assert first["the batch's mask_token_id"].startswith("AttributeError")
+    told = NOTEBOOK.read_text(encoding="utf-8")
+    for version in ("tensorflow", "transformers"):
+        assert record["versions"][version] in told
+    for said in second.values():
+        kind, _, what = said.partition(": ")
+        assert what[:20].lower() in told.lower() or "trains" in kind, said
 
 
 def test_the_pages_are_in_the_book() -> None:
