@@ -170,6 +170,7 @@ EQUATIONS = {
     "8.3": r"\operatorname{round}(\rho\, n)",
     "8.4": r"\text{[MASK]} & u < 0.8",
     "8.5": r"\ell = -\frac{1}{\lvert M \rvert}",
+    "8.9": r"\operatorname{PLL}(w) =",
     "9.1": r"\text{what follows } A",
     "9.2": r"W_y \tanh(W_x x + b_x) + b_y",
     "9.7": r"u^2 / (2n)",
