@@ -361,8 +361,8 @@ def totals(ledger: Ledger) -> str:
             f"{power(1e-4)}), the largest difference is {power(max(sharp))}; "
         )
         text += (
-            f"the other {len(figures) - len(sharp)} compare a frequency with "
-            "a probability, or an approximation with what it approximates."
+            f"the other {len(figures) - len(sharp)} have wider bounds, as for "
+            "samples of random numbers."
         )
     return text
 
