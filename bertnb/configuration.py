@@ -237,7 +237,7 @@ def locate(
                 f"{folder} holds no {name}; it holds {there}"
             )
         return folder / name
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
 
     try:
         return Path(
@@ -246,7 +246,9 @@ def locate(
             )
         )
     except Exception as error:
+        offline = "HF_HUB_OFFLINE is set, so only kept files are used: "
         raise FileNotFoundError(
             f"{str(path_or_hub_id)!r} is not a folder, and the hub gave no "
-            f"{name} under that name: {error}"
+            f"{name} under that name: "
+            f"{offline if constants.HF_HUB_OFFLINE else ''}{error}"
         ) from error

@@ -384,8 +384,9 @@ class PretrainedModel(nn.Module):
         if missing or unexpected:
             raise BertnbError(
                 f"{source} does not fit {type(self).__name__}: missing "
-                f"{_few(missing)}; unexpected {_few(unexpected)} (`ignore` "
-                "leaves out what is named)"
+                f"{_few(missing)}; unexpected {_few(unexpected)}"
+                + " (`ignore` leaves out what it names)"
+                * bool(unexpected)
             )
         fitting = [name for name in own if name in found]
         for name in fitting:
