@@ -234,6 +234,19 @@ def test_a_million_words_are_replaced_80_10_10():
     assert not within(int(count[7]), words, 0.09)
 
 
+@pytest.mark.equation("8.10")
+def test_a_visible_word_is_to_be_trusted_as_far_as_bayes_says():
+    size, q = 12, torch.tensor([0.5, 0.3, 0.15, 0.05])  # of the words 5 to 8
+    generator = torch.Generator().manual_seed(1)
+    words = 5 + q.multinomial(1_000_000, replacement=True, generator=generator)
+    shown = replace_tokens(words, size, MASK, generator)
+    for i in range(4):
+        seen = shown == 5 + i
+        kept = int((words[seen] == 5 + i).sum())
+        p = (size + 1) * q[i].item() / (size * q[i].item() + 1)
+        assert within(kept, int(seen.sum()), p)
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_of_a_million_positions_no_special_one_is_chosen(whole):
     ids = torch.cat([rows(seed, 2000, 128)[0] for seed in range(4)])
