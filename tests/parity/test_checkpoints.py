@@ -181,8 +181,9 @@ def to_google(model):
     return arrays | {"global_step": np.array(9, "i8")}
 
 
+@pytest.mark.equation("15.4")
 @pytest.mark.parametrize("name", HEADS)
-def test_every_head_comes_from_the_form_of_2018(name, tmp_path):
+def test_every_head_comes_from_the_form_of_2018(name, tmp_path, measured):
     torch.manual_seed(0)
     config = transformers.BertConfig(**CONFIG.to_dict())
     peer = getattr(transformers, name)(config)
@@ -197,7 +198,7 @@ def test_every_head_comes_from_the_form_of_2018(name, tmp_path):
     text = json.dumps(CONFIG.to_dict())
     (tmp_path / "bert_config.json").write_text(text)
     ours = from_tf_checkpoint(getattr(bertnb, name), tmp_path)
-    assert (outputs(ours) - outputs(peer)).abs().max() < 1e-5
+    measured(outputs(ours) - outputs(peer), 1e-5)
     ours.save_pretrained(tmp_path / "out")
     back = getattr(transformers, name).from_pretrained(tmp_path / "out")
     assert (outputs(back) - outputs(peer)).abs().max() < 1e-6
