@@ -17,7 +17,7 @@ from bertnb.attention import scaled_dot_product_attention
 from bertnb.configuration import BertConfig
 from bertnb.encoder import BertModel
 from bertnb.layers import initialize, layer_norm
-from bertnb.masked_lm import masked_lm_loss
+from bertnb.masked_lm import mask_tokens, masked_lm_loss
 from bertnb.optimization import linear_warmup_decay
 
 SIZES = {
@@ -150,6 +150,18 @@ def test_the_originals_small_number_in_the_loss_shrinks_it_a_little():
     ours = masked_lm_loss(logits, targets)
     original = ours * 20 / (20 + 1e-5)
     assert 0 < (ours - original) / ours < 1e-6
+
+
+@pytest.mark.parametrize(("length", "most"), [(128, 20), (512, 77)])
+def test_the_originals_places_are_as_many_as_a_full_row_needs(length, most):
+    torch.manual_seed(0)
+    ids = torch.randint(5, 40, (2, length))
+    ids[:, 0], ids[:, -1] = 2, 3
+    _, positions, labels = mask_tokens(
+        ids, ids < 5, vocab_size=40, mask_token_id=4
+    )
+    assert positions.shape == labels.shape
+    assert most - 1 <= (labels != -100).sum(1).max() <= most
 
 
 def ratio(t):
