@@ -354,6 +354,8 @@ def test_one_kind_of_label_gives_its_own_loss():
         both, none = ours(**batch, **labels).loss, ours(**batch).loss
         expected = theirs(**batch, **labels).loss
     assert none is None
+    for name in labels:
+        assert theirs(**batch, **{name: labels[name]}).loss is None
     assert close(words + order, both)
     assert close(both, expected)
 
@@ -436,6 +438,26 @@ def test_one_end_of_an_answer_is_no_label():
     for one, lacking in (("start", "end"), ("end", "start")):
         with pytest.raises(ValueError, match=f"{lacking}_positions is missing"):
             ours(**inputs, **{f"{one}_positions": place})
+
+
+def test_each_order_of_the_segments_trains_and_a_constant_answer_costs():
+    """Not so with one loss for both heads that ignores 0, the padding."""
+    torch.manual_seed(7)
+    model = randomize(bertnb.BertForPreTraining(SMALL))
+    inputs = make_batch(SMALL, 4, 6)
+    words = torch.full((4, 6), -100)
+    head = model.next_sentence
+    for label in (0, 1):
+        order = torch.full((4,), label)
+        loss = model(**inputs, labels=words, next_sentence_label=order).loss
+        (gradient,) = torch.autograd.grad(loss, head.weight)
+        assert gradient.abs().max() > 1e-3
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.copy_(torch.tensor([-9.0, 9.0]))  # always "not next"
+    mixed = torch.tensor([0, 1, 0, 1])
+    loss = model(**inputs, labels=words, next_sentence_label=mixed).loss
+    assert loss.item() == pytest.approx(9, abs=0.01)
 
 
 # problem_type, theirs: what the labels of a classifier mean
