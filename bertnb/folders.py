@@ -97,6 +97,8 @@ def _plain_weights(
     weights: dict[str, Tensor], ignore: tuple[str, ...], source: str
 ) -> dict[str, Tensor]:
     """Return the weights under their plain names, without the ignored ones."""
+    if isinstance(ignore, str):  # its letters would each leave something out
+        raise TypeError(f"ignore={ignore!r}: expected a tuple, ({ignore!r},)")
     out = tuple(_plain(prefix) for prefix in ignore)
     plain: dict[str, Tensor] = {}
     for name, weight in weights.items():
@@ -336,6 +338,7 @@ class PretrainedModel(nn.Module):
 
         Raises:
             FileNotFoundError: no such folder, repository or file.
+            TypeError: `ignore` is one string, or the head has no such argument.
             BertnbError: a file is damaged, or the weights do not fit; the
                 message names the file and the first keys.
         """

@@ -711,6 +711,12 @@ def test_ignored_keys_are_named_and_nothing_else_is_left_out(folder):
         load(folder, ignore=("cls.species.", "adapter.", "embeddings."))
 
 
+def test_one_string_is_not_taken_for_many_letters(folder):
+    message = re.escape("ignore='cls.': expected a tuple, ('cls.',)")
+    with pytest.raises(TypeError, match=message):
+        BertForMaskedLM.from_pretrained(folder, ignore="cls.")
+
+
 # a save that is killed
 
 
