@@ -269,10 +269,10 @@ def power(figure: float) -> str:
     """Return a figure in two digits: 0, 0.012 or 3.1e-15 as TeX."""
     mantissa, exponent = f"{figure:.1e}".split("e")
     if figure == 0 or -4 < int(exponent) < 2:
-        return f"${figure:.2g}$"
+        return f"{figure:.2g}"
     mantissa = mantissa.removesuffix(".0")
     factor = "" if mantissa == "1" else f"{mantissa} \\cdot "
-    return f"${factor}10^{{{int(exponent)}}}$"
+    return f"{factor}10^{{{int(exponent)}}}"
 
 
 def blob(path: str, number: int) -> str:
@@ -309,7 +309,7 @@ def proof_of(ledger: Ledger, one: Equation) -> str:
         elif (figure := ledger.figures[proof.id]) is None:
             text += "holds"
         else:
-            text += f"{power(figure[0])} ≤ {power(figure[1])}"
+            text += f"${power(figure[0])} \\le {power(figure[1])}$"
         parts.append(text)
     places = one.cells or ([] if one.near is None else [one.near])
     if places:
@@ -358,7 +358,8 @@ def totals(ledger: Ledger) -> str:
     if sharp:
         text += (
             f"Of the {len(sharp)} that compare numbers (bounds up to "
-            f"{power(1e-4)}), the largest difference is {power(max(sharp))}; "
+            f"${power(1e-4)}$), the largest difference is "
+            f"${power(max(sharp))}$; "
         )
         text += (
             f"the other {len(figures) - len(sharp)} have wider bounds, as for "
