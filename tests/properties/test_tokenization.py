@@ -475,7 +475,7 @@ def test_added_tokens_of_others_are_ordinary_text(tmp_path):
     added = [
         {"content": "[MASK]", "single_word": False, "special": True},
         {"content": "a", "single_word": True, "special": False},
-        {"content": "b", "single_word": False, "special": True},
+        {"content": "b", "single_word": False, "special": False},
         {"content": "[CLS]", "single_word": True, "special": True},
     ]
     write(tmp_path, tokenizer_json={"model": MODEL, "added_tokens": added})
