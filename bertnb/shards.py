@@ -98,9 +98,10 @@ def _text_digest(documents: Iterable[Document]) -> str:
 
 def _fingerprint(tokenizer: WordPieceTokenizer) -> str:
     """Return 64 bits of a SHA-256 of what decides a text's ids."""
-    facts = [tokenizer.vocabulary, tokenizer.lowercase, tokenizer.strip_accents]
-    text = json.dumps(facts, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    cleaning = [tokenizer.lowercase, tokenizer.strip_accents]
+    return hashlib.sha256(
+        json.dumps([tokenizer.vocabulary, *cleaning], sort_keys=True).encode()
+    ).hexdigest()[:16]
 
 
 # %% The index, and reading
@@ -173,7 +174,6 @@ class _Index:
         except SafetensorError as error:
             return f"lacks an array: {error}"
         dtype, pieces = self.settings["dtype"], self.settings["vocab_size"]
-        largest = ids.max(initial=0)
         told = shard.documents, shard.sentences, shard.tokens
         sizes = len(documents) - 1, len(sentences) - 1, len(ids)
         ends = sizes[0], documents[-1], sentences[-1]
@@ -183,8 +183,9 @@ class _Index:
                 f"holds ids of type {ids.dtype}; the index says {dtype}",
             ),
             (
-                largest < pieces,
-                f"holds the id {largest}; the vocabulary has {pieces} pieces",
+                ids.max(initial=0) < pieces,
+                f"holds the id {ids.max(initial=0)}; the vocabulary has "
+                f"{pieces} pieces",
             ),
             (
                 told == sizes == ends,
