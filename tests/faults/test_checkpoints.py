@@ -363,13 +363,13 @@ def test_a_pooler_is_left_out_where_it_is_not_wanted(tmp_path):
 
 
 class Program:
-    """What unpickles by running something: it would make a file."""
+    """What unpickles by running something: it would make a folder."""
 
     def __init__(self, path):
         self.path = str(path)
 
     def __reduce__(self):
-        return os.mknod, (self.path,)
+        return os.mkdir, (self.path,)
 
 
 def move_into_pickle(folder, change=dict):
@@ -389,7 +389,7 @@ def untouched(folder, *parts):
 
 def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(folder):
     move_into_pickle(folder, lambda w: {**w, "more": Program(folder / "made")})
-    untouched(folder, "pytorch_model.bin wants to call posix.mknod")
+    untouched(folder, "pytorch_model.bin wants to call posix.mkdir")
     Program(folder / "made").__reduce__()[0](str(folder / "made"))
     assert (folder / "made").exists()  # it would have worked
 
@@ -601,7 +601,7 @@ def test_a_program_in_a_shard_is_not_run(folder, shards):
     torch.save(weights, folder / good)
     index = {"weight_map": dict.fromkeys(weights, good)}
     write_index(folder, index, "pytorch_model.bin")
-    untouched(folder, good, "wants to call posix.mknod")
+    untouched(folder, good, "wants to call posix.mkdir")
 
 
 # single bits, and numbers that do not fit

@@ -346,11 +346,11 @@ def test_a_pickle_from_the_hub_is_not_run(hub, tmp_path):
     two_revisions(hub)
     (hub.folder / "model.safetensors").unlink()
     made = tmp_path / "made"
-    command = f"cos\nmknod\n(V{made}\ntR."  # a pickle in letters
+    command = f"cos\nmkdir\n(V{made}\ntR."  # a pickle in letters
     (hub.folder / "pytorch_model.bin").write_text(command)
     (line,) = shell(hub, tmp_path, 'said(total, "tiny-bert")')
     assert line.startswith("BertnbError")
-    assert "pytorch_model.bin wants to call os.mknod; nothing was run" in line
+    assert "pytorch_model.bin wants to call os.mkdir; nothing was run" in line
     assert not made.exists()
     pickle.loads(command.encode())
     assert made.exists()  # it would have worked
