@@ -690,12 +690,14 @@ def test_the_sampler_is_chosen_by_name():
 
 
 def test_short_pairs_have_lengths_from_two_to_the_row():
-    whole = make(length=64, batch_size=1)._pairs(0)
-    pairs = make(length=64, batch_size=1, short_seq_prob=1.0)._pairs(0)
+    make = partial(PretrainingData, corpus(6, 400), TOKENIZER, 64, 1)
+    whole = make()._pairs(0)
+    pairs = make(short_seq_prob=1.0)._pairs(0)
     lengths = [len(p.first) + len(p.second) for p in pairs]
-    assert min(lengths) >= 2
-    assert max(lengths) <= 61
-    assert len(set(lengths)) > 5
+    assert len(lengths) > 150
+    assert 2 <= min(lengths) <= 4
+    assert 59 <= max(lengths) <= 61
+    assert len(set(lengths)) > 40
     assert sum(lengths) < 0.8 * sum(len(p.first + p.second) for p in whole)
     for short, pair in zip(pairs, whole, strict=True):
         assert short.label == pair.label
