@@ -422,14 +422,14 @@ def lint_pairs(pairs: Sequence[Pair]) -> PairReport:
             "expected at least 1, and only 0 and 1"
         )
     weights = {y: (-1) ** y / n for y, n in labels.items()}
-    places = [p.documents for p in pairs if p.documents]
+    places = [(weights[p.label], p.documents) for p in pairs if p.documents]
     known, both = len(places) == len(pairs), len(labels) == 2
     cases = Counter((p.label, len({*(p.documents or ())})) for p in pairs)
-    seconds = [(weights[p.label], b) for p, (_, b) in zip(pairs, places)]
+    seconds = [(weight, second) for weight, (_, second) in places]
     return PairReport(
         len(pairs),
         labels[NOT_NEXT] / len(pairs),
-        sum(a != b for a, b in places) / len(pairs) if known else None,
+        sum(a != b for _, (a, b) in places) / len(pairs) if known else None,
         cases[NOT_NEXT, 1] if known else None,
         cases[IS_NEXT, 2] if known else None,
         _length_accuracy(pairs, weights) if both else None,
