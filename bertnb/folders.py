@@ -281,12 +281,12 @@ def _sum(tensor: Tensor) -> int:
     return crc32(flat.view(torch.uint8).numpy().data)
 
 
-def _locate_config(
-    path_or_hub_id: str | Path, revision: str | None, token: str | None
-) -> Path:
-    """Return `config.json`, or its successor that a killed save left."""
-    left = Path(path_or_hub_id) / "config.json.tmp"
-    weights = Path(path_or_hub_id) / "model.safetensors"
+def _left_config(folder: Path) -> Path | None:
+    """Return the `config.json.tmp` that belongs to the weights, if any: a
+    save that was killed has left it.
+    """
+    left = folder / "config.json.tmp"
+    weights = folder / "model.safetensors"
     if left.is_file() and weights.is_file():
         digest = sha256(left.read_bytes()).hexdigest()
         try:
@@ -295,7 +295,7 @@ def _locate_config(
                     return left
         except SafetensorError:
             pass  # who reads the weights says so
-    return locate(path_or_hub_id, "config.json", revision, token)
+    return None
 
 
 # %% In and out
@@ -342,7 +342,9 @@ class PretrainedModel(nn.Module):
             BertnbError: a file is damaged, or the weights do not fit; the
                 message names the file and the first keys.
         """
-        file = _locate_config(path_or_hub_id, revision, token)
+        file = _left_config(Path(path_or_hub_id)) or locate(
+            path_or_hub_id, "config.json", revision, token
+        )
         config = BertConfig.from_json_file(file)
         arguments = head_arguments or cls.saved_head_arguments(read_json(file))
         weights, source = read_weights(path_or_hub_id, revision, token)
@@ -414,6 +416,8 @@ class PretrainedModel(nn.Module):
             hf_name(name): tensor.contiguous()
             for name, tensor in self.state_dict().items()
         }
+        if left := _left_config(folder):  # finish the save that was killed
+            left.replace(folder / "config.json")
         text = (json.dumps(config, indent=2) + "\n").encode()
         (folder / "config.json.tmp").write_bytes(text)
         metadata = {
