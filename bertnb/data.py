@@ -172,7 +172,7 @@ def read_dataset(
         ValueError: a row has no text in that column.
     """
     try:
-        from datasets import load_dataset  # type: ignore[import-untyped]
+        from datasets import load_dataset
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             'reading a dataset needs the package datasets: pip install "bertnb[data]"'
@@ -197,11 +197,11 @@ def read_dataset(
 def split_documents(
     documents: Sequence[Document], every: int = 10, seed: int = 0
 ) -> tuple[list[Document], list[Document]]:
-    """Hold out one document of each run of `every` neighbours, (10.1).
+    """Hold out one document of each stretch of `every` neighbours, (10.1).
 
     Returns:
         The training and the held-out documents, each in their order. What is
-        left after the last full run is for training.
+        left after the last full stretch is for training.
 
     Raises:
         ValueError: `every` is below 2, or larger than the corpus.
