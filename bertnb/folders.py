@@ -427,8 +427,9 @@ class PretrainedModel(nn.Module):
         }
         temporary = folder / "model.safetensors.tmp"
         save_file(weights, temporary, metadata=metadata)
-        for name in ("model.safetensors", "config.json"):
-            temporary = folder / f"{name}.tmp"
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())  # on the disk, before it has the name
-            temporary.replace(folder / name)
+        names = ("model.safetensors", "config.json")
+        for name in names:  # on the disk, before one of them has its name
+            with (folder / f"{name}.tmp").open("rb+") as file:
+                os.fsync(file.fileno())
+        for name in names:
+            (folder / f"{name}.tmp").replace(folder / name)

@@ -728,21 +728,8 @@ def snapshot(model):
     return {name: p.clone() for name, p in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("step", range(4))
-@pytest.mark.parametrize("other", ["shape", "activation", "weights"])
-def test_a_killed_save_leaves_the_old_model_or_the_new_one(
-    tmp_path, monkeypatch, step, other
-):
-    """Killed before each step, also between the two renamings: never a mix."""
-    torch.manual_seed(0)
-    changes = {
-        "shape": {"vocab_size": 14},
-        "activation": {"hidden_act": "relu"},
-    }
-    old = BertForMaskedLM(CONFIG)
-    new = BertForMaskedLM(replace(CONFIG, **changes.get(other, {})))
-    old.save_pretrained(tmp_path)
-    before = (tmp_path / "config.json").read_text()
+def save_and_die(model, folder, step, monkeypatch):
+    """Write, write, rename, rename: killed before step 0, 1, ..."""
     done = []
 
     def counted(function):
@@ -759,7 +746,43 @@ def test_a_killed_save_leaves_the_old_model_or_the_new_one(
         patch.setattr(bertnb.folders, "save_file", counted(save_file))
         patch.setattr(Path, "replace", counted(Path.replace))
         with pytest.raises(KilledError):
-            new.save_pretrained(tmp_path)
+            model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_a_save_that_follows_a_killed_one_and_is_killed_too_mixes_nothing(
+    tmp_path, monkeypatch, step
+):
+    first, second, third = (
+        BertForMaskedLM(replace(CONFIG, vocab_size=size))
+        for size in (13, 14, 15)
+    )
+    first.save_pretrained(tmp_path)
+    save_and_die(second, tmp_path, 3, monkeypatch)  # between the renamings
+    save_and_die(third, tmp_path, step, monkeypatch)  # one renaming more
+    right = third if step == 4 else second
+    back = BertForMaskedLM.from_pretrained(tmp_path)
+    assert back.config == right.config
+    for name, tensor in snapshot(right).items():
+        assert torch.equal(back.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("step", range(4))
+@pytest.mark.parametrize("other", ["shape", "activation", "weights"])
+def test_a_killed_save_leaves_the_old_model_or_the_new_one(
+    tmp_path, monkeypatch, step, other
+):
+    """Killed before each step, also between the two renamings: never a mix."""
+    torch.manual_seed(0)
+    changes = {
+        "shape": {"vocab_size": 14},
+        "activation": {"hidden_act": "relu"},
+    }
+    old = BertForMaskedLM(CONFIG)
+    new = BertForMaskedLM(replace(CONFIG, **changes.get(other, {})))
+    old.save_pretrained(tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    save_and_die(new, tmp_path, step, monkeypatch)
     right = new if step == 3 else old
     back = BertForMaskedLM.from_pretrained(tmp_path)
     assert back.config == right.config
@@ -783,7 +806,7 @@ def test_bytes_are_on_the_disk_before_they_have_the_name(folder, monkeypatch):
         Path, "replace", lambda p, t: (order.append(t.name), rename(p, t))
     )
     BertForPreTraining(CONFIG).save_pretrained(folder)
-    assert order == ["sync", "model.safetensors", "sync", "config.json"]
+    assert order == ["sync", "sync", "model.safetensors", "config.json"]
 
 
 def test_a_first_save_that_is_killed_before_its_end_is_whole(tmp_path):
