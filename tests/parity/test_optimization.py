@@ -75,7 +75,7 @@ def test_the_constants_are_the_originals():
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.01, 0.0)
 
 
-@pytest.mark.equation("11.7")
+@pytest.mark.equation("11.8")
 @pytest.mark.parametrize(
     ("warmup", "total"), [(0, 10), (10, 100), (7, 7), (1, 2), (0, 1)]
 )
@@ -90,7 +90,7 @@ def test_the_schedule_equals_hugging_faces_at_every_step(
 
 
 def numpy_train(targets, rates, decay, bound):
-    """Equations (11.1) to (11.8) for `Quadratic`, step by step."""
+    """Equations (11.1) to (11.6) and (11.10) for `Quadratic`, step by step."""
     model = Quadratic()
     theta = [p.detach().numpy().copy() for p in model.parameters()]
     m, v = [0.0, 0.0], [0.0, 0.0]
@@ -108,7 +108,7 @@ def numpy_train(targets, rates, decay, bound):
     return theta, norms
 
 
-@pytest.mark.equation("11.1", "11.3", "11.6", "11.7", "11.8")
+@pytest.mark.equation("11.1", "11.3", "11.6", "11.8", "11.10")
 def test_the_whole_loop_equals_numpy_with_clipping_and_schedule(measured):
     torch.manual_seed(2)
     scales = [0.1, 5.0, 0.5, 20.0, 1.0, 0.2] * 3
