@@ -50,19 +50,23 @@ def mask_tokens(
     pad_token_id: int = 0,
     generator: torch.Generator | None = None,
     continuation_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose tokens of each row to predict, (8.3), and hide them, (8.4).
 
     A row of n tokens (padding not counted) gets exactly max(1, round(mlm_probability * n)) of them, but never more
     than `max_predictions` or than it has ordinary tokens. With `continuation_mask` whole words are chosen, and there
-    may be fewer: see `draw_words`.
+    may be fewer: see `draw_words`. With `document_ids` each document of a row gets what it would get as a row.
 
     Args:
         input_ids: int64 (B, L).
         special_tokens_mask: bool or 0/1 (B, L); True = never chosen ([CLS], [SEP], [PAD]).
-        max_predictions: P; None: round(mlm_probability * L), at least 1.
+        max_predictions: P; None: round(mlm_probability * L), at least 1. Several documents in a row may need more: P
+            must be given with `document_ids`.
         generator: on the device of `input_ids`; the same state gives the same result.
         continuation_mask: bool or 0/1 (B, L); True = the token continues the word before it; None: choose tokens.
+        document_ids: int64 (B, L), 0 to L - 1, the number of each token's document in its row; None: a row is one
+            document. Whole words cannot be chosen with it.
 
     Returns:
         masked_ids (B, L); positions (B, P), ascending, filled with 0; targets (B, P), the original ids, filled with
@@ -71,10 +75,19 @@ def mask_tokens(
     Raises:
         ValueError: a shape does not fit, or a number lies outside its range.
     """
-    masks = {"special_tokens_mask": special_tokens_mask}
-    if continuation_mask is not None:
-        masks["continuation_mask"] = continuation_mask
-    check_same_shape(input_ids, **masks)
+    check_same_shape(
+        input_ids,
+        special_tokens_mask=special_tokens_mask,
+        continuation_mask=continuation_mask,
+        document_ids=document_ids,
+    )
+    if document_ids is not None and (
+        max_predictions is None or continuation_mask is not None
+    ):
+        raise ValueError(
+            "document_ids needs max_predictions, and no continuation_mask: the counts of several documents are "
+            "rounded one by one, and whole words are drawn for one document a row"
+        )
     if not 0 < mlm_probability <= 1:
         raise ValueError(f"mlm_probability={mlm_probability}; expected (0, 1]")
     if not 0 <= mask_token_id < vocab_size:
@@ -90,11 +103,13 @@ def mask_tokens(
         )
     special = special_tokens_mask.bool()
     padding = special & (input_ids == pad_token_id)
-    tokens = length - padding.sum(-1, keepdim=True)  # (B, 1), n in (8.3)
+    tokens = _sizes(~padding, document_ids)  # n in (8.3)
     # float64, as Python's own: a half is a half, and goes to the even side
     count = (mlm_probability * tokens.double()).round().clamp(min=1)
     if continuation_mask is None:
-        positions = draw_positions(special, count, max_predictions, generator)
+        positions = draw_positions(
+            special, count, max_predictions, generator, document_ids
+        )
     else:
         continues = continuation_mask.bool()
         positions = draw_words(
@@ -107,6 +122,15 @@ def mask_tokens(
     empty = positions == length
     targets = originals.masked_fill(empty, IGNORE)
     return masked_ids, positions.masked_fill(empty, 0), targets
+
+
+def _sizes(tokens: Tensor, document_ids: Tensor | None) -> Tensor:
+    """Count each row's tokens, (B, 1), or those of each token's document, (B, L)."""
+    if document_ids is None:
+        return tokens.sum(-1, keepdim=True)
+    sizes = torch.zeros_like(document_ids)  # (B, L), by number
+    sizes.scatter_add_(1, document_ids, tokens.long())
+    return sizes.gather(1, document_ids)
 
 
 def replace_tokens(
@@ -133,8 +157,11 @@ def draw_positions(
     count: Tensor,
     slots: int,
     generator: torch.Generator | None = None,
+    document_ids: Tensor | None = None,
 ) -> Tensor:
     """Draw `count` (B, 1) positions a row that are not `special` (B, L).
+
+    With `document_ids` (B, L) the count is (B, L), one for each token, and that many are drawn of its document.
 
     Returns:
         int64 (B, slots), ascending; empty places hold L.
@@ -143,6 +170,10 @@ def draw_positions(
     lottery = torch.rand(
         special.shape, generator=generator, device=special.device
     ).masked_fill(special, -1)
+    if document_ids is not None:
+        lost = _ranks(lottery, document_ids) >= count
+        lottery = lottery.masked_fill(lost, -1)
+        count = count.new_full((), slots)
     spare = max(0, slots - length)
     drawn, positions = F.pad(lottery, (0, spare), value=-1).topk(slots)
     rank = torch.arange(slots, device=special.device)
@@ -150,9 +181,21 @@ def draw_positions(
     return positions.masked_fill(~chosen, length).sort(dim=-1).values
 
 
-def check_same_shape(input_ids: Tensor, **masks: Tensor) -> None:
-    """Raise ValueError unless `input_ids` is (B, L), and each of the masks, called by its name, too."""
+def _ranks(lottery: Tensor, document_ids: Tensor) -> Tensor:
+    """Return each token's rank in its document, (B, L): 0 = the largest number."""
+    order = lottery.argsort(-1, descending=True)
+    homes = document_ids.gather(1, order)
+    homes, by_home = homes.sort(dim=-1, stable=True)  # document by document
+    first = torch.searchsorted(homes, homes)  # where its document begins
+    ranks = torch.arange(homes.shape[1], device=homes.device) - first
+    return torch.empty_like(ranks).scatter(1, order.gather(1, by_home), ranks)
+
+
+def check_same_shape(input_ids: Tensor, **masks: Tensor | None) -> None:
+    """Raise ValueError unless `input_ids` is (B, L), and each of the masks, called by its name, too (or None)."""
     for name, mask in masks.items():
+        if mask is None:
+            continue
         if input_ids.dim() != 2 or mask.shape != input_ids.shape:
             raise ValueError(
                 f"input_ids has shape {tuple(input_ids.shape)} and {name} "

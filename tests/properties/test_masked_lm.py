@@ -1,6 +1,7 @@
 """What must hold for masking, the head and the loss, whatever the numbers."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -195,6 +196,104 @@ def test_draw_positions_keeps_its_count(seed, length, count, slots):
     assert found.tolist() == expected
 
 
+# several documents in a row
+
+
+def documents(seed, length=60):
+    """Rows of up to 4 documents of 3 or more tokens, then padding."""
+    dice = random.Random(seed)
+    ids = torch.full((4, length), PAD)
+    homes = torch.zeros_like(ids)
+    for row in range(4):
+        start = 0
+        for number in range(1, dice.randint(2, 5)):
+            end = start + dice.randint(3, 14)
+            ids[row, start:end] = torch.tensor(
+                [
+                    CLS,
+                    *(dice.randint(5, 99) for _ in range(end - start - 2)),
+                    SEP,
+                ]
+            )
+            homes[row, start:end] = number
+            start = end
+    return ids, (ids == PAD) | (ids == CLS) | (ids == SEP), homes
+
+
+@pytest.mark.equation("8.3")
+@few
+@given(seeds, st.floats(0.01, 1.0))
+def test_each_document_of_a_row_gets_what_it_would_get_as_a_row(seed, rate):
+    ids, special, homes = documents(seed)
+    masked, positions, targets = mask(
+        ids,
+        special,
+        seed,
+        mlm_probability=rate,
+        max_predictions=60,
+        document_ids=homes,
+    )
+    assert positions.shape == (4, 60)
+    for row in range(4):
+        real = targets[row] != IGNORE
+        chosen = positions[row][real]
+        assert chosen.tolist() == sorted(set(chosen.tolist()))
+        assert torch.equal(targets[row][real], ids[row, chosen])
+        assert not special[row, chosen].any()
+        for number in range(1, int(homes[row].max()) + 1):
+            here = homes[row] == number
+            n, ordinary = int(here.sum()), int((here & ~special[row]).sum())
+            found = int((homes[row, chosen] == number).sum())
+            assert found == min(max(1, round(rate * n)), ordinary)
+        kept = torch.ones(60, dtype=torch.bool)
+        kept[chosen] = False
+        assert torch.equal(masked[row][kept], ids[row][kept])
+
+
+def test_every_token_of_a_document_is_chosen_equally_often():
+    ids = torch.full((3000, 30), 9)
+    homes = torch.tensor([3] * 10 + [1] * 20).expand(3000, 30)
+    options = {"mlm_probability": 0.15, "max_predictions": 6}
+    _, positions, targets = mask(ids, ids == PAD, document_ids=homes, **options)
+    count = torch.bincount(positions[targets != IGNORE], minlength=30)
+    assert count[:10].sum() == 2 * 3000  # round(1.5) is even
+    assert count[10:].sum() == 3 * 3000
+    for place in range(30):
+        share = 2 / 10 if place < 10 else 3 / 20
+        assert within(int(count[place]), 3000, share)
+
+
+def test_a_row_that_is_one_document_is_masked_as_without_numbers():
+    ids, special = rows(4)
+    plain = mask(ids, special, max_predictions=5)
+    one = torch.full_like(ids, 7)  # padding does not count, whatever its number
+    again = mask(ids, special, max_predictions=5, document_ids=one)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_documents_that_need_more_than_p_share_what_there_is():
+    ids = torch.full((2000, 20), 9)
+    homes = torch.arange(20).expand(2000, 20) // 5
+    _, positions, targets = mask(
+        ids, ids == PAD, max_predictions=2, document_ids=homes
+    )
+    assert (targets != IGNORE).all()  # 2 of the 4 that are wanted
+    assert (
+        homes.gather(1, positions)[:, 0] < homes.gather(1, positions)[:, 1]
+    ).all()
+    count = torch.bincount(homes.gather(1, positions).flatten(), minlength=4)
+    assert all(within(int(c), 2000, 0.5) for c in count)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"max_predictions": 3, "continuation_mask": torch.zeros(1, 9)}]
+)
+def test_documents_need_a_p_and_no_whole_words(more):
+    ids = torch.full((1, 9), 9)
+    with pytest.raises(ValueError, match="document_ids needs max_predictions"):
+        mask(ids, ids == PAD, document_ids=torch.zeros_like(ids), **more)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -208,6 +307,10 @@ def test_draw_positions_keeps_its_count(seed, length, count, slots):
         (
             {"continuation_mask": torch.zeros(4)},
             r"input_ids has shape \(2, 4\) and continuation_mask \(4,\)",
+        ),
+        (
+            {"document_ids": torch.zeros(4).long(), "max_predictions": 1},
+            r"input_ids has shape \(2, 4\) and document_ids \(4,\)",
         ),
     ],
 )
