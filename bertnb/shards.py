@@ -30,7 +30,15 @@ from bertnb.data import Document, encode_documents
 from bertnb.next_sentence import Sentence
 from bertnb.tokenization import WordPieceTokenizer
 
-__all__ = ["Shard", "FORMAT", "SETTINGS", "Shards", "prepare", "Job"]
+__all__ = [
+    "Shard",
+    "file_digest",
+    "FORMAT",
+    "SETTINGS",
+    "Shards",
+    "prepare",
+    "Job",
+]
 
 
 # %% One file
@@ -69,7 +77,7 @@ def _write_shard(
     shard = Shard(
         path.name,
         unfinished.stat().st_size,
-        _file_digest(unfinished),
+        file_digest(unfinished),
         _text_digest(documents),
         len(counts) - 1,
         len(sentences) - 1,
@@ -83,7 +91,8 @@ def _id_type(vocab_size: int) -> type[np.unsignedinteger[Any]]:
     return np.uint16 if vocab_size <= 2**16 else np.uint32  # (10.5)
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(2**20):
@@ -154,7 +163,7 @@ class _Index:
         problem = ""
         if size != shard.bytes:
             problem = f"has {size} bytes; the index says {shard.bytes}"
-        elif thorough and _file_digest(path) != shard.sha256:
+        elif thorough and file_digest(path) != shard.sha256:
             problem = "has changed: its SHA-256 is not that of the index"
         elif thorough:
             problem = self._problem(path, shard)

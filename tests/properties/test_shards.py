@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from bertnb.configuration import BertnbError
 from bertnb.data import Document, PretrainingData, encode_documents
-from bertnb.shards import Shards, _file_digest, _opened, prepare
+from bertnb.shards import Shards, file_digest, _opened, prepare
 from bertnb.tokenization import SPECIAL_TOKENS, WordPieceTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -376,7 +376,7 @@ def rewrite(folder, change):
     path = folder / "index.json"
     index = json.loads(path.read_text())
     index["shards"][0] |= {
-        "sha256": _file_digest(file),
+        "sha256": file_digest(file),
         "bytes": file.stat().st_size,
     }
     path.write_text(json.dumps(index))
@@ -428,7 +428,7 @@ def test_a_file_that_is_no_safetensors_is_an_error(tmp_path):
     file = tmp_path / "00000.safetensors"
     file.write_bytes(b"\xff" * file.stat().st_size)
     index = json.loads((tmp_path / "index.json").read_text())
-    index["shards"][0]["sha256"] = _file_digest(file)
+    index["shards"][0]["sha256"] = file_digest(file)
     (tmp_path / "index.json").write_text(json.dumps(index))
     with pytest.raises(BertnbError, match=r"00000\.safetensors lacks an array"):
         Shards.open(tmp_path)
