@@ -132,6 +132,13 @@ def plan(part: str) -> list[Run]:
         ):
             name = f"rate {rate:.0%} start {start}"
             runs += seeds(Run(name, part, rate=rate, start=start, probe=True))
+        for name, rate, length, rows in (  # is it the noise? is it the length?
+            ("rate 15% rows of 64 x 96", 0.15, 64, 96),
+            ("rate 30% rows of 32 x 64", 0.3, 32, 64),
+            ("rate 30% rows of 128 x 16", 0.3, 128, 16),
+        ):
+            common = Run(name, part, rate=rate, length=length, probe=True)
+            runs += seeds(replace(common, rows=rows))
     elif part == "rates":  # 3e-3 is in "plateau"
         for rate in (1e-3, 6e-3, 1e-2):
             runs += seeds(Run(f"lr {rate}", part, learning_rate=rate))
