@@ -72,7 +72,9 @@ if TYPE_CHECKING:
         BertModel,
         BertOutput,
         BertPooler,
+        check_positions,
         expand_mask,
+        gather_positions,
         parameter_count,
     )
     from bertnb.entities import BertForTokenClassification
@@ -103,6 +105,7 @@ if TYPE_CHECKING:
     from bertnb.layers import (
         ACTIVATIONS,
         FeedForward,
+        LayerNorm,
         gelu,
         initialize,
         layer_norm,
@@ -117,7 +120,6 @@ if TYPE_CHECKING:
         continuation_table,
         draw_positions,
         draw_words,
-        gather_positions,
         mask_tokens,
         masked_lm_loss,
         mean_cross_entropy,
@@ -181,7 +183,7 @@ if TYPE_CHECKING:
     from bertnb.question_answering import (
         BertForQuestionAnswering,
         QuestionAnsweringOutput,
-        span_loss,
+        span_losses,
     )
     from bertnb.shards import FORMAT, SETTINGS, Job, Shard, Shards, prepare
     from bertnb.tokenization import (
@@ -242,6 +244,7 @@ _HOME = {
     "IS_NEXT": "next_sentence",
     "Job": "shards",
     "LABELS": "optimization",
+    "LayerNorm": "layers",
     "LearnedPositions": "positions",
     "MAGIC": "checkpoints",
     "MAX_WORD_CHARACTERS": "tokenization",
@@ -292,6 +295,7 @@ _HOME = {
     "check_attention_inputs": "attention",
     "check_ids": "positions",
     "check_pooling": "inference",
+    "check_positions": "encoder",
     "check_same_shape": "masked_lm",
     "check_targets": "masked_lm",
     "check_texts": "tokenization",
@@ -311,7 +315,7 @@ _HOME = {
     "fast_attention": "attention",
     "fill_mask": "inference",
     "from_tf_checkpoint": "checkpoints",
-    "gather_positions": "masked_lm",
+    "gather_positions": "encoder",
     "gelu": "layers",
     "hf_name": "folders",
     "hf_name_from_tf": "checkpoints",
@@ -359,7 +363,7 @@ _HOME = {
     "scaled_dot_product_attention": "attention",
     "set_learning_rate": "optimization",
     "sinusoidal_positions": "positions",
-    "span_loss": "question_answering",
+    "span_losses": "question_answering",
     "split_documents": "data",
     "split_heads": "multihead",
     "split_sentences": "data",
@@ -410,6 +414,7 @@ __all__ = [
     "IS_NEXT",
     "Job",
     "LABELS",
+    "LayerNorm",
     "LearnedPositions",
     "MAGIC",
     "MAX_WORD_CHARACTERS",
@@ -460,6 +465,7 @@ __all__ = [
     "check_attention_inputs",
     "check_ids",
     "check_pooling",
+    "check_positions",
     "check_same_shape",
     "check_targets",
     "check_texts",
@@ -527,7 +533,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "set_learning_rate",
     "sinusoidal_positions",
-    "span_loss",
+    "span_losses",
     "split_documents",
     "split_heads",
     "split_sentences",

@@ -54,6 +54,7 @@ class ClassifierOutput:
     logits: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    losses: dict[str, Tensor] | None = None  # the loss under "labels"
 
 
 class BertClassifier(PretrainedModel):
@@ -155,7 +156,11 @@ class BertClassifier(PretrainedModel):
         logits = self.classifier(self.dropout(vectors))
         loss = None if labels is None else self.loss(logits, labels)
         return ClassifierOutput(
-            loss, logits, encoded.hidden_states, encoded.attentions
+            loss,
+            logits,
+            encoded.hidden_states,
+            encoded.attentions,
+            None if loss is None else {"labels": loss},
         )
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bertnb.configuration import BertConfig
+from bertnb.layers import LayerNorm
 from bertnb.positions import LearnedPositions, check_ids
 
 __all__ = ["BertEmbeddings"]
@@ -25,7 +26,7 @@ class BertEmbeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(
             config.type_vocab_size, config.hidden_size
         )
-        self.LayerNorm = nn.LayerNorm(
+        self.LayerNorm = LayerNorm(
             config.hidden_size, eps=config.layer_norm_eps
         )
         self.dropout = nn.Dropout(config.hidden_dropout_prob)

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from bertnb.configuration import BertConfig
 
-__all__ = ["layer_norm", "gelu", "ACTIVATIONS", "FeedForward", "initialize"]
+__all__ = [
+    "layer_norm",
+    "LayerNorm",
+    "gelu",
+    "ACTIVATIONS",
+    "FeedForward",
+    "initialize",
+]
 
 
 # %% Layer normalisation in PyTorch
@@ -31,6 +38,24 @@ def layer_norm(
     mean = x.mean(dim=-1, keepdim=True)
     variance = x.var(dim=-1, keepdim=True, correction=0)  # over H, not H - 1
     return (x - mean) / torch.sqrt(variance + eps) * weight + bias
+
+
+class LayerNorm(nn.LayerNorm):
+    """The fused kernel of (4.1) and (4.2), for the model.
+
+    Under autocast the result has autocast's 16-bit dtype, so that the residual
+    stream is 16-bit from the embeddings on; the statistics stay float32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., H) -> (..., H)."""
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return super().forward(x)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with torch.autocast(device, enabled=False):  # it would give float32
+            y = F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return y.to(torch.get_autocast_dtype(device))
 
 
 # %% GELU in PyTorch

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bertnb.configuration import BertConfig
 from bertnb.encoder import BertModel
 from bertnb.folders import PretrainedModel
-from bertnb.layers import ACTIVATIONS, initialize
+from bertnb.layers import ACTIVATIONS, LayerNorm, initialize
 from bertnb.positions import check_ids
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "continuation_table",
     "draw_words",
     "MaskedLMHead",
-    "gather_positions",
     "masked_lm_loss",
     "mean_cross_entropy",
     "check_targets",
@@ -258,7 +257,7 @@ class MaskedLMHead(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.act = ACTIVATIONS[config.hidden_act]
-        self.LayerNorm = nn.LayerNorm(
+        self.LayerNorm = LayerNorm(
             config.hidden_size, eps=config.layer_norm_eps
         )
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
@@ -268,21 +267,6 @@ class MaskedLMHead(nn.Module):
         """(B, P, H) and the tied table (V, H) -> logits (B, P, V)."""
         transformed = self.LayerNorm(self.act(self.dense(hidden_states)))
         return F.linear(transformed, word_embeddings, self.bias)
-
-
-def gather_positions(hidden_states: Tensor, positions: Tensor) -> Tensor:
-    """Pick the states of some positions: (B, L, H) and int64 (B, P) -> (B, P, H).
-
-    Raises:
-        ValueError: `positions` is not (B, P), or one of them lies outside the row.
-    """
-    batch, length, size = hidden_states.shape
-    if positions.dim() != 2 or len(positions) != batch:
-        raise ValueError(
-            f"positions has shape {tuple(positions.shape)}; expected ({batch}, P)"
-        )
-    check_ids(positions, "positions", length, "length")
-    return hidden_states.gather(1, positions[..., None].expand(-1, -1, size))
 
 
 def masked_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -355,6 +339,7 @@ class MaskedLMOutput:
     logits: Tensor  # (B, L, V), or (B, P, V) with masked_positions
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    losses: dict[str, Tensor] | None = None  # the loss under "labels"
 
 
 class BertForMaskedLM(PretrainedModel):
@@ -388,16 +373,19 @@ class BertForMaskedLM(PretrainedModel):
             position_ids,
             output_hidden_states,
             output_attentions,
+            masked_positions,
         )
-        hidden = encoded.last_hidden_state
-        if masked_positions is not None:
-            hidden = gather_positions(hidden, masked_positions)
         logits = self.masked_lm(
-            hidden, self.bert.embeddings.word_embeddings.weight
+            encoded.last_hidden_state,
+            self.bert.embeddings.word_embeddings.weight,
         )
         loss = None if labels is None else masked_lm_loss(logits, labels)
         return MaskedLMOutput(
-            loss, logits, encoded.hidden_states, encoded.attentions
+            loss,
+            logits,
+            encoded.hidden_states,
+            encoded.attentions,
+            None if loss is None else {"labels": loss},
         )
 
 

@@ -49,6 +49,7 @@ class MultiHeadAttention(nn.Module):
         hidden_states: Tensor,
         mask: Tensor | None = None,
         output_attentions: bool = False,
+        queries: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the mixed states (B, L, H) and, on request, the weights.
 
@@ -56,6 +57,8 @@ class MultiHeadAttention(nn.Module):
             hidden_states: (B, L, H).
             mask: bool, broadcastable to (B, A, L, L); True = may attend.
             output_attentions: also return the weights (B, A, L, L).
+            queries: (B, K, H), the states that ask; None: all of them. With K
+                queries, K stands for the first L in the other shapes.
 
         Raises:
             ValueError: the last size of `hidden_states` is not H.
@@ -67,10 +70,15 @@ class MultiHeadAttention(nn.Module):
                 f"hidden_states has {hidden_states.shape[-1]} features; "
                 f"expected hidden_size={size} in the last dimension"
             )
-        projections = (self.query, self.key, self.value)
+        asking = hidden_states if queries is None else queries
+        projections = (
+            self.query(asking),
+            self.key(hidden_states),
+            self.value(hidden_states),
+        )
         q, k, v = (
-            split_heads(project(hidden_states), self.num_heads)
-            for project in projections
+            split_heads(projection, self.num_heads)
+            for projection in projections
         )  # (B, A, L, d) each, (2.2)
         dropout_p = self.dropout_p if self.training else 0.0
         weights = None

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from statistics import NormalDist
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bertnb.configuration import BertConfig
 from bertnb.encoder import BertModel
 from bertnb.folders import PretrainedModel
 from bertnb.layers import initialize
-from bertnb.masked_lm import IGNORE, check_targets
+from bertnb.masked_lm import mean_cross_entropy
 
 __all__ = [
     "IS_NEXT",
@@ -263,22 +262,21 @@ def next_sentence_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the mean of -log P(label), (9.3).
 
     Args:
-        logits: (B, 2) floats: the scores of "follows" (0) and "does not" (1).
-        labels: int64 (B,), 0 or 1; -100 does not count.
+        logits: (B, 2) floats: the scores of "follows" (0) and "does not" (1);
+            (B, D, 2) where a row holds D pairs.
+        labels: int64 (B,) or (B, D), 0 or 1; -100 does not count.
 
     Raises:
+        TypeError: the labels are not int64.
         ValueError: a shape or a label is wrong.
     """
-    if labels.dim() != 1 or logits.shape != (len(labels), 2):
+    if labels.dim() not in (1, 2) or logits.shape != (*labels.shape, 2):
         raise ValueError(
             f"logits has shape {tuple(logits.shape)} and labels "
-            f"{tuple(labels.shape)}; expected (B, 2) and (B,)"
+            f"{tuple(labels.shape)}; expected (B, 2) and (B,), or (B, D, 2) "
+            "and (B, D)"
         )
-    check_targets(labels, "labels", 2)
-    total = F.cross_entropy(
-        logits.float(), labels, ignore_index=IGNORE, reduction="sum"
-    )
-    return total / (labels != IGNORE).sum().clamp(min=1)
+    return mean_cross_entropy(logits, labels, "labels")
 
 
 @dataclass
@@ -289,6 +287,7 @@ class NextSentenceOutput:
     logits: Tensor  # (B, 2)
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    losses: dict[str, Tensor] | None = None  # the loss under "labels"
 
 
 class BertForNextSentencePrediction(PretrainedModel):
@@ -326,7 +325,11 @@ class BertForNextSentencePrediction(PretrainedModel):
         logits = self.next_sentence(encoded.pooler_output)
         loss = None if labels is None else next_sentence_loss(logits, labels)
         return NextSentenceOutput(
-            loss, logits, encoded.hidden_states, encoded.attentions
+            loss,
+            logits,
+            encoded.hidden_states,
+            encoded.attentions,
+            None if loss is None else {"labels": loss},
         )
 
 

@@ -31,12 +31,7 @@ from bertnb.data import (
 from bertnb.encoder import BertModel
 from bertnb.folders import PretrainedModel
 from bertnb.layers import initialize
-from bertnb.masked_lm import (
-    IGNORE,
-    MaskedLMHead,
-    gather_positions,
-    masked_lm_loss,
-)
+from bertnb.masked_lm import IGNORE, MaskedLMHead, masked_lm_loss
 from bertnb.next_sentence import next_sentence_loss
 from bertnb.optimization import (
     Step,
@@ -70,9 +65,10 @@ class PreTrainingOutput:
 
     loss: Tensor | None
     prediction_logits: Tensor  # (B, L, V), or (B, P, V) with masked_positions
-    seq_relationship_logits: Tensor  # (B, 2)
+    seq_relationship_logits: Tensor  # (B, 2), or (B, D, 2) with cls_positions
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    losses: dict[str, Tensor] | None = None  # by the name of their labels
 
 
 class BertForPreTraining(PretrainedModel):
@@ -95,6 +91,7 @@ class BertForPreTraining(PretrainedModel):
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
         masked_positions: Tensor | None = None,
+        cls_positions: Tensor | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> PreTrainingOutput:
@@ -105,6 +102,9 @@ class BertForPreTraining(PretrainedModel):
             next_sentence_label: int64 (B,), 0 = segment B follows segment A.
             masked_positions: int64 (B, P): decode these positions only; then
                 `labels` are (B, P).
+            cls_positions: int64 (B, D), where the [CLS] of the D pairs of a
+                row stand; then `next_sentence_label` is (B, D), -100 where
+                a row has fewer.
 
         The loss is the sum over the labels that are given, None without any.
         Other arguments as in `BertModel`.
@@ -116,21 +116,25 @@ class BertForPreTraining(PretrainedModel):
             position_ids,
             output_hidden_states,
             output_attentions,
+            masked_positions,
+            cls_positions,
         )
-        hidden = encoded.last_hidden_state
-        if masked_positions is not None:
-            hidden = gather_positions(hidden, masked_positions)  # (B, P, H)
         table = self.bert.embeddings.word_embeddings.weight
-        words = self.masked_lm(hidden, table)
+        words = self.masked_lm(encoded.last_hidden_state, table)
         order = self.next_sentence(encoded.pooler_output)
-        losses = []
+        losses = {}
         if labels is not None:
-            losses.append(masked_lm_loss(words, labels))
+            losses["labels"] = masked_lm_loss(words, labels)
         if next_sentence_label is not None:
-            losses.append(next_sentence_loss(order, next_sentence_label))
-        loss = torch.stack(losses).sum() if losses else None  # (12.1)
+            name = "next_sentence_label"
+            losses[name] = next_sentence_loss(order, next_sentence_label)
         return PreTrainingOutput(
-            loss, words, order, encoded.hidden_states, encoded.attentions
+            torch.stack([*losses.values()]).sum() if losses else None,  # (12.1)
+            words,
+            order,
+            encoded.hidden_states,
+            encoded.attentions,
+            losses or None,
         )
 
 

@@ -5,6 +5,7 @@ Written by tools/extract.py from notebooks/20_question_answering.md: edit that n
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from bertnb.configuration import BertConfig
@@ -13,17 +14,17 @@ from bertnb.folders import PretrainedModel
 from bertnb.layers import initialize
 from bertnb.masked_lm import IGNORE, mean_cross_entropy
 
-__all__ = ["span_loss", "QuestionAnsweringOutput", "BertForQuestionAnswering"]
+__all__ = ["span_losses", "QuestionAnsweringOutput", "BertForQuestionAnswering"]
 
 
 # %% The code
-def span_loss(
+def span_losses(
     start_logits: Tensor,
     end_logits: Tensor,
     start_positions: Tensor,
     end_positions: Tensor,
-) -> Tensor:
-    """Return the mean of the losses of start and end, (20.3).
+) -> dict[str, Tensor]:
+    """Return the two terms of the loss (20.3), halved, by their positions' names.
 
     Args:
         start_logits, end_logits: (B, L) floats.
@@ -36,16 +37,17 @@ def span_loss(
         ValueError: a shape is wrong, or a position is negative.
     """
     length = start_logits.shape[-1]
-    losses = [
-        mean_cross_entropy(
+    terms = {
+        "start_positions": (start_logits, start_positions),
+        "end_positions": (end_logits, end_positions),
+    }
+    return {
+        name: mean_cross_entropy(
             logits, positions.masked_fill(positions >= length, IGNORE), name
         )
-        for logits, positions, name in (
-            (start_logits, start_positions, "start_positions"),
-            (end_logits, end_positions, "end_positions"),
-        )
-    ]
-    return (losses[0] + losses[1]) / 2
+        / 2
+        for name, (logits, positions) in terms.items()
+    }
 
 
 @dataclass
@@ -57,6 +59,7 @@ class QuestionAnsweringOutput:
     end_logits: Tensor  # (B, L)
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    losses: dict[str, Tensor] | None = None  # by the name of their positions
 
 
 class BertForQuestionAnswering(PretrainedModel):
@@ -97,11 +100,12 @@ class BertForQuestionAnswering(PretrainedModel):
         )
         scores = self.qa_outputs(encoded.last_hidden_state)  # (B, L, 2)
         start_logits, end_logits = scores.unbind(-1)
-        loss = None
+        loss = losses = None
         if start_positions is not None and end_positions is not None:
-            loss = span_loss(
+            losses = span_losses(
                 start_logits, end_logits, start_positions, end_positions
             )
+            loss = torch.stack([*losses.values()]).sum()
         elif start_positions is not None or end_positions is not None:
             lacking = "end" if end_positions is None else "start"
             raise ValueError(
@@ -113,4 +117,5 @@ class BertForQuestionAnswering(PretrainedModel):
             end_logits,
             encoded.hidden_states,
             encoded.attentions,
+            losses,
         )

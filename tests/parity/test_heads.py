@@ -25,6 +25,7 @@ MODELS = (
     *CLASSIFIERS,
     "BertForQuestionAnswering",
 )
+LABELS = "labels next_sentence_label start_positions end_positions".split()
 WANTED = {"output_hidden_states": True, "output_attentions": True}
 SMALL = BertConfig(
     vocab_size=40,
@@ -137,6 +138,10 @@ def compare(ours, theirs, inputs):
     """Every output, the loss, and the gradient of every parameter."""
     a, b = (model(**inputs, **WANTED) for model in (ours, theirs))
     fields = [n for n in vars(a) if getattr(a, n) is not None]
+    if "losses" in fields:  # theirs has only the sum
+        fields.remove("losses")
+        assert a.losses.keys() == inputs.keys() & set(LABELS)
+        assert close(sum(a.losses.values()), a.loss)
     for name in fields:
         one, two = getattr(a, name), getattr(b, name)
         if isinstance(one, tuple):

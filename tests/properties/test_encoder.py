@@ -15,6 +15,7 @@ from bertnb import (
     BertModel,
     BertPooler,
     expand_mask,
+    gather_positions,
     hf_name,
     parameter_count,
 )
@@ -226,14 +227,133 @@ def test_states_and_weights_come_on_request_only():
 
 
 @pytest.mark.equation("6.3")
-def test_the_pooler_reads_the_first_token_only(measured):
+def test_the_pooler_is_the_equation(measured):
     torch.manual_seed(0)
     pooler = BertPooler(CONFIG)
-    x = torch.randn(2, 4, 12)
-    other = torch.cat((x[:, :1], torch.randn(2, 3, 12)), dim=1)
-    expected = torch.tanh(x[:, 0] @ pooler.dense.weight.T + pooler.dense.bias)
+    x = torch.randn(2, 12)
+    expected = torch.tanh(x @ pooler.dense.weight.T + pooler.dense.bias)
     measured(pooler(x) - expected, 1e-6)
-    assert torch.equal(pooler(x), pooler(other))
+
+
+def test_the_model_pools_place_0_or_those_that_are_named():
+    model = build()
+    ids = torch.randint(20, (2, 7))
+    places = torch.tensor([[3, 0, 3], [6, 1, 0]])
+    with torch.no_grad():
+        plain, named = model(ids), model(ids, cls_positions=places)
+        expected = model.pooler(plain.last_hidden_state)  # of every place
+    assert (plain.pooler_output - expected[:, 0]).abs().max() < 1e-12
+    assert named.pooler_output.shape == (2, 3, 12)
+    for row in range(2):
+        pooled = named.pooler_output[row]
+        assert (pooled - expected[row, places[row]]).abs().max() < 1e-12
+    assert torch.equal(named.last_hidden_state, plain.last_hidden_state)
+
+
+# the last layer only where it is read
+
+
+def masks_of(length):
+    """None, padding, queries by keys, and one with rows that see nothing."""
+    keys = torch.arange(length) < torch.tensor([[length], [2]])
+    square = torch.rand(2, length, length) < 0.5
+    square[:, range(length), range(length)] = True
+    hollow = square.clone()
+    hollow[0, 1] = hollow[1] = False
+    return {"none": None, "keys": keys, "square": square, "hollow": hollow}
+
+
+def gradients(model, output, towards):
+    loss = sum((o * t).sum() for o, t in zip(output, towards, strict=True))
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+@pytest.mark.equation("6.8")
+@pytest.mark.parametrize("kind", ["none", "keys", "square", "hollow"])
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)]
+)
+def test_some_places_of_the_last_layer_equal_all(
+    kind, named, dtype, bound, measured
+):
+    """States, pooled vectors and every gradient."""
+    model = build().to(dtype)
+    ids = torch.randint(20, (2, 7))
+    places = torch.tensor([[5, 1, 1, 0], [0, 6, 2, 3]])
+    firsts = torch.tensor([[0, 4, 4], [3, 1, 0]]) if named else None
+    mask = masks_of(7)[kind]
+    full = model(ids, mask, cls_positions=firsts)
+    some = model(ids, mask, cls_positions=firsts, masked_positions=places)
+    a = gather_positions(full.last_hidden_state, places), full.pooler_output
+    b = some.last_hidden_state, some.pooler_output
+    towards = [torch.randn_like(x) for x in a]
+    for one, two in zip(a, b, strict=True):
+        assert one.shape == two.shape
+        measured(one - two, bound)
+    slopes = [gradients(model, states, towards) for states in (a, b)]
+    for one, two in zip(*slopes, strict=True):
+        scale = max(1, one.abs().max().item())
+        measured((one - two) / scale, bound)
+
+
+def test_the_last_layer_computes_only_what_is_read():
+    model = build()
+    shapes = {}
+    for number, layer in enumerate(model.encoder.layer):
+        layer.output_norm.register_forward_hook(
+            lambda _, __, y, number=number: shapes.update({number: y.shape})
+        )
+    ids = torch.randint(20, (2, 7))
+    places = torch.tensor([[5, 1, 2], [0, 6, 2]])
+    model(ids, masked_positions=places)
+    assert shapes == {0: (2, 7, 12), 1: (2, 7, 12), 2: (2, 4, 12)}
+    bare = BertModel(CONFIG, add_pooling_layer=False).double()
+    bare.encoder.layer[2].register_forward_hook(
+        lambda _, __, y: shapes.update({"bare": y[0].shape})
+    )
+    bare(ids, masked_positions=places)
+    assert shapes["bare"] == (2, 3, 12)
+
+
+def test_all_states_are_there_if_they_are_asked_for():
+    model = build()
+    ids = torch.randint(20, (2, 7))
+    places = {"masked_positions": torch.tensor([[5, 1], [0, 6]])}
+    fast = model(ids, **places)
+    for wish in ("output_hidden_states", "output_attentions"):
+        out = model(ids, **places, **{wish: True})
+        states = out.last_hidden_state
+        assert (states - fast.last_hidden_state).abs().max() < 1e-12
+        assert (out.pooler_output - fast.pooler_output).abs().max() < 1e-12
+    assert out.attentions[-1].shape == (2, 3, 7, 7)
+    every = model(ids, output_hidden_states=True, **places).hidden_states
+    assert [x.shape for x in every] == [(2, 7, 12)] * 4
+
+
+def test_gather_takes_each_rows_own_places():
+    states = torch.arange(24.0).reshape(2, 4, 3)
+    taken = gather_positions(states, torch.tensor([[3, 0], [1, 1]]))
+    assert torch.equal(taken[0], states[0, [3, 0]])
+    assert torch.equal(taken[1], states[1, [1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("positions", "words"),
+    [
+        (torch.tensor([[0], [4]]), "holds 4; expected 0 to 3"),
+        (torch.tensor([[-1], [0]]), "holds -1"),
+        (torch.tensor([[0]]), r"has shape \(1, 1\); .*\(2, K\)"),
+        (torch.tensor([0, 1]), r"has shape \(2,\)"),
+    ],
+)
+def test_wrong_places_are_named(positions, words):
+    with pytest.raises(ValueError, match=f"^positions {words}"):
+        gather_positions(torch.zeros(2, 4, 3), positions)
+    ids = torch.zeros(2, 4).long()
+    for name in ("masked_positions", "cls_positions"):
+        with pytest.raises(ValueError, match=f"^{name} {words}"):
+            build()(ids, **{name: positions})
 
 
 def test_a_model_without_pooler_gives_the_same_states():

@@ -11,6 +11,7 @@ from bertnb.configuration import HIDDEN_ACTS
 from bertnb.layers import (
     ACTIVATIONS,
     FeedForward,
+    LayerNorm,
     gelu,
     initialize,
     layer_norm,
@@ -51,6 +52,57 @@ def test_layer_norm_scales_before_it_shifts():
 def test_layer_norm_of_a_token_does_not_see_the_others():
     x = torch.randn(2, 5, 6)
     torch.testing.assert_close(plain(x)[1, 3], plain(x[1, 3]))
+
+
+def norms(size=24):
+    """The model's norm and torch's, with the same random scale and shift."""
+    torch.manual_seed(0)
+    ours = LayerNorm(size, eps=1e-12)
+    nn.init.normal_(ours.weight, 1, 0.2)
+    nn.init.normal_(ours.bias)
+    theirs = nn.LayerNorm(size, eps=1e-12)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_norm_of_the_model_is_torchs_bit_for_bit(dtype):
+    ours, theirs = norms()
+    x = torch.randn(3, 5, 24, dtype=dtype, requires_grad=True)
+    towards = torch.randn(3, 5, 24, dtype=dtype)
+    results = []
+    for norm in (ours.to(dtype), theirs.to(dtype)):
+        y = norm(x)
+        slopes = torch.autograd.grad(
+            y, [x, norm.weight, norm.bias], grad_outputs=towards
+        )
+        results.append([y, *slopes])
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_norm_keeps_a_16_bit_stream_and_float32_statistics(dtype):
+    ours, theirs = norms()
+    x = 40 + torch.randn(6, 24)  # in 16 bits a mean of squares has no digits
+    halves = x.to(dtype)
+    exact = theirs(halves.float())
+    spacing = torch.finfo(dtype).eps * exact.abs().max()
+    with torch.autocast("cpu", dtype):
+        for given in (halves, halves.float()):
+            y = ours(given)
+            assert y.dtype == dtype
+            assert (y.float() - exact).abs().max() <= 2 * spacing
+    assert ours(x).dtype == torch.float32  # outside, as ever
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_constant_row_in_16_bits_is_the_bias_and_not_nan(dtype):
+    ours, _ = norms()
+    rows = torch.tensor([0.0, 3.0, -7.5])[:, None].expand(3, 24).to(dtype)
+    with torch.autocast("cpu", dtype):
+        y = ours(rows)
+    assert torch.equal(y, ours.bias.to(dtype).expand(3, 24))
 
 
 def test_layer_norm_of_a_constant_row_is_the_bias():

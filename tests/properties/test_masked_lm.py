@@ -17,7 +17,6 @@ from bertnb.masked_lm import (
     continuation_table,
     draw_positions,
     draw_words,
-    gather_positions,
     mask_tokens,
     masked_lm_loss,
     mean_cross_entropy,
@@ -777,27 +776,6 @@ def test_dropout_sleeps_in_eval():
     net = model(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     ids, _ = rows(10)
     assert torch.equal(net(ids).logits, net(ids).logits)
-
-
-def test_gather_takes_each_rows_own_places():
-    states = torch.arange(24.0).reshape(2, 4, 3)
-    taken = gather_positions(states, torch.tensor([[3, 0], [1, 1]]))
-    assert torch.equal(taken[0], states[0, [3, 0]])
-    assert torch.equal(taken[1], states[1, [1, 1]])
-
-
-@pytest.mark.parametrize(
-    ("positions", "words"),
-    [
-        (torch.tensor([[0], [4]]), "positions holds 4; expected 0 to 3"),
-        (torch.tensor([[-1], [0]]), "positions holds -1"),
-        (torch.tensor([[0]]), r"positions has shape \(1, 1\); .*\(2, P\)"),
-        (torch.tensor([0, 1]), r"positions has shape \(2,\)"),
-    ],
-)
-def test_wrong_places_are_named(positions, words):
-    with pytest.raises(ValueError, match=words):
-        gather_positions(torch.zeros(2, 4, 3), positions)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

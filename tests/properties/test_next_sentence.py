@@ -595,6 +595,17 @@ def test_a_label_of_minus_100_does_not_count():
     assert not logits.grad.any()
 
 
+def test_the_pairs_of_packed_rows_count_alike():
+    logits, labels = torch.randn(2, 3, 2), torch.tensor([[0, 1, 1], [1, 0, 0]])
+    packed = next_sentence_loss(logits, labels)
+    plain = next_sentence_loss(logits.flatten(0, 1), labels.flatten())
+    assert torch.equal(packed, plain)
+    labels[1, 1:] = -100
+    packed = next_sentence_loss(logits, labels)
+    plain = next_sentence_loss(logits.flatten(0, 1)[:4], labels.flatten()[:4])
+    torch.testing.assert_close(packed, plain)
+
+
 def test_the_loss_is_float32_where_the_logits_are_not():
     logits = torch.randn(4, 2).bfloat16()
     labels = torch.tensor([0, 1, 0, 1])
@@ -605,7 +616,14 @@ def test_the_loss_is_float32_where_the_logits_are_not():
 
 @pytest.mark.parametrize(
     ("logits", "labels"),
-    [((3, 2), (2,)), ((3, 3), (3,)), ((3, 2, 2), (3, 2)), ((2,), ())],
+    [
+        ((3, 2), (2,)),
+        ((3, 3), (3,)),
+        ((3, 4, 2), (3,)),
+        ((3, 4, 2), (3, 3)),
+        ((1, 3, 4, 2), (1, 3, 4)),
+        ((2,), ()),
+    ],
 )
 def test_wrong_shapes_are_an_error_that_names_both(logits, labels):
     with pytest.raises(
