@@ -420,6 +420,12 @@ class HeldOut:
         return dict(self.batches[step])
 
 
+def scores_of(model: BertForPreTraining, rows: HeldOut) -> dict[str, Any]:
+    """Return what `evaluate_pretraining` finds, to five decimals."""
+    scores = evaluate_pretraining(model, rows)  # type: ignore[arg-type]
+    return {name: round(x, 5) for name, x in asdict(scores).items()}
+
+
 # -- one run -------------------------------------------------------------------
 class Lane:
     """A model in training: its state, its batches and its graph."""
@@ -565,10 +571,10 @@ class Lane:
         line: dict[str, Any] = {
             "name": self.run.name,
             "step": self.done,
-            "training_loss": self.total.item() / steps,
+            "training_loss": round(self.total.item() / steps, 5),
         }
         self.total.zero_()
-        line |= asdict(evaluate_pretraining(self.model, held_out))  # type: ignore[arg-type]
+        line |= scores_of(self.model, held_out)
         loss = line["masked_lm_loss"]
         self.since += 1
         if loss < self.best:
@@ -577,8 +583,9 @@ class Lane:
                 k: t.detach().clone()
                 for k, t in self.model.state_dict().items()
             }
-        batch = {k: t[:64] for k, t in held_out.batch(0).items()}
-        line["heads"] = self.heads(batch)
+        if self.run.probe:
+            batch = {k: t[:64] for k, t in held_out.batch(0).items()}
+            line["heads"] = self.heads(batch)
         if self.run.probe and self.done < self.run.steps:
             self.refill()
             self.wait()
@@ -828,7 +835,7 @@ def finish(
     if lane.weights:
         lane.model.load_state_dict(lane.weights)
     scores = {
-        f"{part} {length}": asdict(evaluate_pretraining(lane.model, rows))  # type: ignore[arg-type]
+        f"{part} {length}": scores_of(lane.model, rows)
         for (size, part, length), rows in data.items()
         if size == run.vocabulary
     }
