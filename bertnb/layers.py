@@ -40,6 +40,7 @@ def layer_norm(
     return (x - mean) / torch.sqrt(variance + eps) * weight + bias
 
 
+# %% Float32 inside, 16 bits at both ends
 class LayerNorm(nn.LayerNorm):
     """The fused kernel of (4.1) and (4.2), for the model.
 
