@@ -439,11 +439,18 @@ class PretrainingData:
         first, second = truncate_pair(pair.first, pair.second, room, rng)
         return replace(pair, first=first, second=second)
 
-    def batch(self, step: int) -> Batch:
+    def batch(
+        self,
+        step: int,
+        device: str | torch.device = "cpu",
+        mlm_probability: float | None = None,
+    ) -> Batch:
         """Return the batch of step 0, 1, 2, ...: rows with words hidden.
 
         `input_ids` hold what stands in the hidden words' places;
-        `masked_positions` and `labels` are (B, P).
+        `masked_positions` and `labels` are (B, P). Words are hidden on the
+        device: the share `mlm_probability` of them, None: that of the data,
+        which is also what P is for.
 
         Raises:
             ValueError: `step` is negative, or a block gives no pair.
@@ -462,6 +469,7 @@ class PretrainingData:
         start = i * self.batch_size
         rows = [pairs[(start + j) % len(pairs)] for j in range(self.batch_size)]
         batch = collate_pairs(rows, self.tokenizer, self.length)
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
         seed = random.Random(f"{self.seed} mask {step}").getrandbits(63)
         batch["input_ids"], batch["masked_positions"], batch["labels"] = (
             mask_tokens(
@@ -469,9 +477,12 @@ class PretrainingData:
                 batch.pop("special_tokens_mask"),
                 vocab_size=self.tokenizer.vocab_size,
                 mask_token_id=self.tokenizer.mask_token_id,
-                mlm_probability=self.mlm_probability,
+                mlm_probability=mlm_probability or self.mlm_probability,
+                max_predictions=max(
+                    1, round(self.mlm_probability * self.length)
+                ),
                 pad_token_id=self.tokenizer.pad_token_id,
-                generator=torch.Generator().manual_seed(seed),
+                generator=torch.Generator(device).manual_seed(seed),
             )
         )
         return batch
