@@ -132,6 +132,7 @@ def plan(part: str) -> list[Run]:
         ):
             name = f"rate {rate:.0%} start {start}"
             runs += seeds(Run(name, part, rate=rate, start=start, probe=True))
+    elif part == "length":
         for name, rate, length, rows in (  # is it the noise? is it the length?
             ("rate 15% rows of 64 x 96", 0.15, 64, 96),
             ("rate 30% rows of 32 x 64", 0.3, 32, 64),
@@ -158,20 +159,58 @@ def plan(part: str) -> list[Run]:
             final_rate=0.15,
             learning_rate=2e-3,
             dropout=0.1,
-            steps=12_000,
+            steps=8_000,
             every=500,
         )
+        free = replace(long, dropout=0.0, patience=6)
+        masked = replace(free, rate=0.45)
         runs = [
             long,
-            replace(long, name="4x192, rows of 64", length=64),
-            replace(long, name="4x192, no dropout", dropout=0.0, patience=8),
-            replace(long, name="2x256", layers=2, hidden=256, start=0.035),
-            replace(long, name="8x128", layers=8, hidden=128, start=0.05),
-            replace(long, name="4x192, 30 % throughout", final_rate=None),
-            replace(long, name="4x192, lr 1e-3", learning_rate=1e-3),
-            replace(long, name="5x192, V 2048", layers=5, vocabulary=2048),
+            replace(free, name="4x192, no dropout"),
+            replace(masked, name="4x192, no dropout, 45%"),
             replace(
-                long, name="2x128", layers=2, hidden=128, start=0.05, dropout=0
+                masked, name="8x128, 45%", layers=8, hidden=128, start=0.05
+            ),
+            replace(
+                masked, name="2x256, 45%", layers=2, hidden=256, start=0.035
+            ),
+        ]
+    elif part == "short":  # rows of 64: those of 128 hardly left the plateau
+        two = Run(
+            "2x256",
+            part,
+            hidden=256,
+            start=0.035,
+            rows=64,
+            rate=0.45,
+            final_rate=0.15,
+            learning_rate=2e-3,
+            steps=12_000,
+            every=500,
+            patience=8,
+        )
+        four = replace(two, name="4x192", layers=4, hidden=192, start=0.04)
+        mini = replace(
+            four,
+            name="sotu-mini",
+            hidden=256,
+            start=0.035,
+            learning_rate=1e-3,
+            dropout=0.1,
+        )
+        runs = [
+            two,
+            four,
+            replace(two, name="2x128", hidden=128, start=0.05),
+            replace(two, name="2x256, rows of 128", length=128),
+            replace(two, name="2x256, dropout", dropout=0.1),
+            mini,
+            replace(
+                mini,
+                name="sotu-small",
+                hidden=512,
+                start=0.025,
+                learning_rate=7e-4,
             ),
         ]
     elif part == "converge":
@@ -186,7 +225,7 @@ def plan(part: str) -> list[Run]:
             learning_rate=1e-3,
             dropout=0.1,
             final_rate=0.15,
-            steps=12_000,
+            steps=8_000,
             every=500,
             patience=6,
         )
@@ -210,13 +249,11 @@ def plan(part: str) -> list[Run]:
 
 
 def groups(runs: list[Run]) -> list[list[Run]]:
-    """Return the runs process by process: without dropout, alike in shape,
-    together; with it, alone."""
-    found: dict[Any, list[Run]] = {}
+    """Return the runs process by process: without dropout together, with it
+    alone."""
+    found: dict[str, list[Run]] = {}
     for run in runs:
-        alone = run.name if run.dropout or run.steps > 5000 else ""
-        key = (alone, run.layers, run.hidden, run.length, run.rows)
-        found.setdefault(key, []).append(run)
+        found.setdefault(run.name if run.dropout else "", []).append(run)
     return list(found.values())
 
 
