@@ -61,6 +61,7 @@ class Lease:
     deadline: float
     record: dict[str, Any]
     dropout: float = 0.1
+    rounds: int = 10
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
@@ -189,7 +190,7 @@ def against(
         print(f"{peer.name}: first step {peer.first_seconds:.1f} s", flush=True)
     result |= {
         "rows": {p.name: len(p.batch["input_ids"]) for p in peers},
-        **race(peers, 2 if lease.tiny else 10, 1 if lease.tiny else 5),
+        **race(peers, lease.rounds, 1 if lease.tiny else 5),
     }
     work = useful_flops(config, whole.lengths)
     add_utilization(result, work / whole.tokens, lease)
@@ -361,6 +362,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", help="of torch.compile", default=None)
+    parser.add_argument("--rounds", type=int, help="default: 10, tiny: 2")
     parser.add_argument("--tiny", action="store_true", help="a trial run")
     options = parser.parse_args(words)
     backend = options.backend or ("aot_eager" if options.tiny else "inductor")
@@ -371,6 +373,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     deadline = time.monotonic() + options.seconds
     device = torch.device(options.device)
     lease = Lease(device, options.tiny, backend, deadline, record)
+    lease.rounds = options.rounds or (2 if options.tiny else 10)
     for name in options.parts:
         done = record["parts"].get(name, {"skipped": ""})
         if not {"skipped", "error"} & done.keys():

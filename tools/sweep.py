@@ -140,9 +140,10 @@ def plan(part: str) -> list[Run]:
         ):
             common = Run(name, part, rate=rate, length=length, probe=True)
             runs += seeds(replace(common, rows=rows))
-    elif part == "rates":  # 3e-3 is in "plateau"
-        for rate in (1e-3, 6e-3, 1e-2):
-            runs += seeds(Run(f"lr {rate}", part, learning_rate=rate))
+    elif part == "rates":
+        for rate in (1e-3, 3e-3, 6e-3):
+            common = Run(f"lr {rate}", part, learning_rate=rate, rate=0.45)
+            runs += seeds(replace(common, steps=2500))
     elif part == "anneal":  # the constant rates are in "plateau"
         for first in (0.3, 0.45):
             name = f"rate {first:.0%} to 15%"
@@ -190,6 +191,7 @@ def plan(part: str) -> list[Run]:
             patience=8,
         )
         four = replace(two, name="4x192", layers=4, hidden=192, start=0.04)
+        four = replace(four, steps=8_000)
         mini = replace(
             four,
             name="sotu-mini",
@@ -920,6 +922,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--keep", metavar="PART")
+    parser.add_argument("--only", default="", help="names that match, a regex")
     parser.add_argument("--steps", type=int, help="all runs so short: a trial")
     parser.add_argument("--commit", default=None)
     options = parser.parse_args()
@@ -945,6 +948,7 @@ def main() -> None:
             encoding="utf-8"
         )
     runs = [run for part in options.parts for run in plan(part)]
+    runs = [run for run in runs if re.search(options.only, run.name)]
     if options.steps:
         every = min(CHUNK, options.steps)
         runs = [replace(r, steps=options.steps, every=every) for r in runs]
