@@ -251,11 +251,12 @@ def plan(part: str) -> list[Run]:
 
 
 def groups(runs: list[Run]) -> list[list[Run]]:
-    """Return the runs process by process: without dropout together, with it
-    alone."""
+    """Return the runs process by process: the seeds of one together, unless
+    they have dropout."""
     found: dict[str, list[Run]] = {}
     for run in runs:
-        found.setdefault(run.name if run.dropout else "", []).append(run)
+        name = run.name if run.dropout else run.name.partition("/")[0]
+        found.setdefault(name, []).append(run)
     return list(found.values())
 
 
