@@ -24,16 +24,12 @@ from tqdm import tqdm
 
 from bertnb.configuration import BertConfig, BertnbError
 from bertnb.data import (
-    Batch,
     Document,
-    Documents,
-    PretrainingData,
     encode_documents,
     load_folder,
     load_sotu,
     split_documents,
     split_sentences,
-    token_counts,
 )
 from bertnb.next_sentence import SAMPLERS, Sentence
 from bertnb.optimization import (
@@ -46,6 +42,7 @@ from bertnb.optimization import (
     train,
 )
 from bertnb.pretraining import BertForPreTraining, evaluate_pretraining
+from bertnb.rows import Batch, Documents, PretrainingData, token_counts
 from bertnb.runs import Checkpoints, StopRequest, World, locked, prefetch
 from bertnb.shards import Shards
 from bertnb.tokenization import WordPieceTokenizer

@@ -22,7 +22,6 @@ from tqdm import tqdm
 from bertnb.configuration import BertConfig, BertnbError
 from bertnb.data import (
     Document,
-    PretrainingData,
     encode_documents,
     load_folder,
     load_sotu,
@@ -41,6 +40,7 @@ from bertnb.optimization import (
     pick_precision,
     train,
 )
+from bertnb.rows import PretrainingData
 from bertnb.tokenization import WordPieceTokenizer
 
 __all__ = [

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from bertnb.configuration import BertnbError
-from bertnb.data import Document, PretrainingData, encode_documents
-from bertnb.shards import Shards, file_digest, _opened, prepare
+from bertnb.data import Document, encode_documents
+from bertnb.rows import PretrainingData
+from bertnb.shards import Shards, _opened, file_digest, prepare
 from bertnb.tokenization import SPECIAL_TOKENS, WordPieceTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
