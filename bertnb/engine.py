@@ -85,7 +85,7 @@ class PretrainingRun:
         half = self.precision == torch.float16
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=half)
         self.facts = run_facts(config, self.world.size)
-        self.done = 0  # steps
+        self.done = self.taken = 0  # steps of the run, and of this call
         self.records: list[dict[str, Any]] = []
         # since the last record: the losses' sum, their number, steps not taken
         self.tally = torch.zeros(3, device=self.world.device)
@@ -152,7 +152,7 @@ class PretrainingRun:
             self.scaler if self.scaler.is_enabled() else None,
             config.on_nonfinite,
         ):
-            self.done = report.step + 1
+            self.done, self.taken = report.step + 1, self.taken + 1
             loss = report.loss  # not finite in some steps that are not taken
             news = loss.nan_to_num(0, 0), loss.isfinite(), report.skipped
             self.tally += torch.stack([n.float() for n in news])
@@ -401,10 +401,12 @@ def _reason(run: PretrainingRun, stop: StopRequest) -> str | None:
     config, world = run.config, run.world
     if world.size > 1 and run.done % 10:
         return None  # asking all the others takes time
+    # at least one step a call, however long it took to get ready
+    seconds = time.perf_counter() - run.began if run.taken else 0.0
     bounds = {
         "patience": (run.waited, config.patience),
         "divergence": (run.rise, config.divergence),
-        "max_seconds": (time.perf_counter() - run.began, config.max_seconds),
+        "max_seconds": (seconds, config.max_seconds),
         "max_tokens": (config.places(run.done), config.max_tokens),
     }
     reached = (
