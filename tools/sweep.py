@@ -54,6 +54,7 @@ from bertnb import (
     BertConfig,
     BertForPreTraining,
     WordPieceTokenizer,
+    attention_shares,
     collate_pairs,
     evaluate_pretraining,
     linear_warmup_decay,
@@ -651,19 +652,15 @@ class Lane:
         hidden = torch.zeros_like(word)
         rows, slots = torch.where(batch["labels"] != -100)
         hidden[rows, batch["masked_positions"][rows, slots]] = True
-        return {
-            name: {
-                where: [
-                    [round(x, 4) for x in masses[where].tolist()]
-                    for masses in (
-                        masses_of(a, queries, cls, sep, word, segment)
-                        for a in attentions
-                    )
-                ]
-                for where in PLACES
-            }
-            for name, queries in (("words", word), ("hidden", hidden))
-        }
+        found: dict[str, dict[str, list[list[float]]]] = {}
+        for name, queries in (("words", word), ("hidden", hidden)):
+            places = found.setdefault(name, {})
+            for attention in attentions:  # a layer each
+                shares = attention_shares(attention, queries, segment, cls, sep)
+                for where, share in shares.items():
+                    row = [round(x, 4) for x in share.tolist()]
+                    places.setdefault(where, []).append(row)
+        return found
 
     def gradient(self) -> dict[str, list[float]]:
         """Return for some groups of parameters how large the gradient of a
@@ -695,39 +692,6 @@ class Lane:
                 round(agreed.item(), 4),
             ]
         return found
-
-
-PLACES = ("previous", "next", "same", "cls", "sep", "other")
-
-
-def masses_of(
-    weights: Tensor,
-    queries: Tensor,
-    cls: Tensor,
-    sep: Tensor,
-    word: Tensor,
-    segment: Tensor,
-) -> dict[str, Tensor]:
-    """Return what share of the attention (B, A, L, L) of some queries (B, L)
-    falls on each place, a number a head."""
-    length = queries.shape[1]
-    place = torch.arange(length, device=queries.device)
-    gap = place - place[:, None]  # key minus query
-    other = word[:, None, :] & (segment[:, :, None] != segment[:, None, :])
-    targets = {
-        "previous": gap == -1,
-        "next": gap == 1,
-        "same": gap == 0,
-        "cls": cls[:, None, :],
-        "sep": sep[:, None, :],
-        "other": other,
-    }
-    count = queries.sum()
-    return {
-        name: (weights * (keys & queries[:, :, None])[:, None]).sum((0, 2, 3))
-        / count
-        for name, keys in targets.items()
-    }
 
 
 def kind(name: str) -> str:
