@@ -24,15 +24,15 @@ __all__ = [
     "original_warmup_decay",
     "warmup_constant",
     "SCHEDULES",
-    "pick_device",
-    "pick_precision",
-    "probe_compile",
     "LABELS",
     "count_targets",
     "accumulate_gradients",
     "autocast",
     "Step",
     "train",
+    "pick_device",
+    "pick_precision",
+    "probe_compile",
 ]
 
 
@@ -65,7 +65,7 @@ def adamw(
 
     Args:
         model: on the device where it will be trained.
-        bias_correction: False is the original's Adam, (11.7): the counter of
+        bias_correction: False is the original's Adam, (11.9): the counter of
             the steps begins at 2**23, where beta**t is 0.
     """
     groups = parameter_groups(model, weight_decay)
@@ -89,10 +89,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+# %% Warm-up and decay, by name
 def linear_warmup_decay(
     step: int, warmup_steps: int, total_steps: int
 ) -> float:
-    """Return Hugging Face's factor on the learning rate, (11.8): up from 0 to
+    """Return Hugging Face's factor on the learning rate, (11.7): up from 0 to
     1 over the warm-up, then straight down to 0 from there.
 
     Raises:
@@ -107,7 +108,7 @@ def linear_warmup_decay(
 def original_warmup_decay(
     step: int, warmup_steps: int, total_steps: int
 ) -> float:
-    """Return the original's factor, (11.9): up from 0 to 1 over the warm-up,
+    """Return the original's factor, (11.10): up from 0 to 1 over the warm-up,
     then on a line to 0 that began at 1 in step 0.
 
     Raises:
@@ -145,71 +146,22 @@ SCHEDULES: dict[str, Callable[[int, int, int], float]] = {
 }
 
 
-# %% The loop
-def pick_device(name: str | None = None) -> torch.device:
-    """Return the named device, or CUDA where there is one, else the CPU."""
-    return torch.device(
-        name or ("cuda" if torch.cuda.is_available() else "cpu")
-    )
-
-
-def pick_precision(device: torch.device) -> torch.dtype:
-    """Return bfloat16 where the hardware multiplies it faster than float32
-    (sm80, AVX512-BF16, AMX), float16 on an older GPU, else float32."""
-    if device.type == "cuda":
-        new = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if new else torch.float16
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    fast = device.type == "cpu" and any(
-        getattr(torch.cpu, probe, bool)() for probe in probes
-    )
-    return torch.bfloat16 if fast else torch.float32
-
-
-def probe_compile(
-    model: nn.Module,
-    batch: dict[str, Tensor],
-    device: torch.device,
-    precision: torch.dtype = torch.float32,
-) -> nn.Module:
-    """Return the model compiled for batches of this shape or, with a warning,
-    the model itself where that does not work.
-
-    Goes forward and backward once, in training mode. Weights, mode and random
-    numbers are afterwards what they were; gradients are cleared.
-    """
-    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-    training = model.training
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            compiled = cast(
-                nn.Module,
-                torch.compile(model.train(), fullgraph=True, dynamic=False),
-            )
-            with autocast(device, precision):
-                loss = compiled(**inputs).loss
-            loss.backward()
-    except Exception as error:  # a compiler may raise anything
-        reason = " ".join(str(error).split())[:200]
-        warnings.warn(
-            "torch.compile does not work here, the run goes on without it: "
-            f"{type(error).__name__}: {reason}",
-            stacklevel=2,
-        )
-        return model
-    finally:
-        model.train(training)
-        model.zero_grad()
-    return compiled
-
-
+# %% A batch in parts
 LABELS = ("labels", "next_sentence_label", "start_positions", "end_positions")
 
 
 def count_targets(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the number of targets that are not -100 of each label argument,
-    int64 (), on the device of the batch."""
-    return {k: (batch[k] != IGNORE).sum() for k in LABELS if k in batch}
+    """Return the number of targets of each label argument, int64 (), on the
+    device of the batch: those that are not -100, and of an answer's positions
+    those that were not cut off with the end of their row."""
+    counts: dict[str, Tensor] = {}
+    for name in LABELS:
+        if name in batch:
+            counted = batch[name] != IGNORE
+            if name.endswith("_positions"):
+                counted &= batch[name] < batch["input_ids"].shape[1]
+            counts[name] = counted.sum()
+    return counts
 
 
 def accumulate_gradients(
@@ -319,6 +271,7 @@ def _over_ranks(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(values, packed.unbind(), strict=True))
 
 
+# %% The loop
 @dataclass(frozen=True)
 class Step:
     """What one optimisation step reports. The tensors are (), on the model's
@@ -353,7 +306,7 @@ def train(
         batches: dictionaries of arguments for `model`, labels among them.
         schedule: the learning rate of step 0, 1, 2, ...
         first_step: the number of the first batch: not 0 in a run that goes on.
-        max_grad_norm: gradients are scaled down to this global norm, (11.10).
+        max_grad_norm: gradients are scaled down to this global norm, (11.8).
         precision: of the matrix products; weights, their sums and the
             optimiser stay float32.
         parts: of each batch, one after the other, (11.11): less memory.
@@ -374,6 +327,7 @@ def train(
     device = next(model.parameters()).device
     guard = _Guard(optimizer, device, on_nonfinite == "stop", scaler)
     recent: list[Step] = []
+    patience = _patience(device)
     model.train()
     optimizer.zero_grad()  # of whoever called backward before
     for step, batch in enumerate(batches, first_step):
@@ -388,7 +342,7 @@ def train(
         optimizer.zero_grad()
         report = Step(step, loss, rate, norm, guard.skipped, guard.failed)
         recent.append(report)
-        if device.type == "cpu" or len(recent) == 16:
+        if len(recent) == patience:
             _stop_if_failed(recent)
         yield report
     _stop_if_failed(recent)
@@ -427,6 +381,11 @@ class _Guard:
             self.scaler.update()  # (11.14)
 
 
+def _patience(device: torch.device) -> int:
+    """Return after how many steps to look: a CPU does not compute ahead."""
+    return 1 if device.type == "cpu" else 16
+
+
 def _stop_if_failed(recent: list[Step]) -> None:
     """Raise if one of the steps failed, else forget them."""
     if recent and recent[-1].failed:  # waits for the device
@@ -462,3 +421,61 @@ def _check_training(
             "cannot hold back a step on the device: pass fused=True, or use "
             "adamw(model)"
         )
+
+
+# %% What the machine does faster
+def pick_device(name: str | None = None) -> torch.device:
+    """Return the named device, or CUDA where there is one, else the CPU."""
+    return torch.device(
+        name or ("cuda" if torch.cuda.is_available() else "cpu")
+    )
+
+
+def pick_precision(device: torch.device) -> torch.dtype:
+    """Return bfloat16 where the hardware multiplies it faster than float32
+    (sm80, AVX512-BF16, AMX), float16 on an older GPU, else float32."""
+    if device.type == "cuda":
+        new = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if new else torch.float16
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    fast = device.type == "cpu" and any(
+        getattr(torch.cpu, probe, bool)() for probe in probes
+    )
+    return torch.bfloat16 if fast else torch.float32
+
+
+def probe_compile(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    device: torch.device,
+    precision: torch.dtype = torch.float32,
+) -> nn.Module:
+    """Return the model compiled for batches of this shape or, with a warning,
+    the model itself where that does not work.
+
+    Goes forward and backward once, in training mode. Weights, mode and random
+    numbers are afterwards what they were; gradients are cleared.
+    """
+    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+    training = model.training
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            compiled = cast(
+                nn.Module,
+                torch.compile(model.train(), fullgraph=True, dynamic=False),
+            )
+            with autocast(device, precision):
+                loss = compiled(**inputs).loss
+            loss.backward()
+    except Exception as error:  # a compiler may raise anything
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(
+            "torch.compile does not work here, the run goes on without it: "
+            f"{type(error).__name__}: {reason}",
+            stacklevel=2,
+        )
+        return model
+    finally:
+        model.train(training)
+        model.zero_grad()
+    return compiled

@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import get_linear_schedule_with_warmup
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
 from bertnb.configuration import BertConfig
 from bertnb.next_sentence import BertForNextSentencePrediction
 from bertnb.optimization import (
+    SCHEDULES,
     adamw,
     linear_warmup_decay,
     parameter_groups,
@@ -64,6 +68,48 @@ def test_adamw_equals_the_formula_in_numpy_over_100_steps(measured):
         measured(p.detach().numpy() - expected, 1e-13)
 
 
+@pytest.mark.equation("11.9")
+@pytest.mark.parametrize(
+    ("betas", "eps"), [((0.9, 0.999), 1e-6), ((0.8, 0.95), 0.01)]
+)
+def test_without_correction_it_is_the_originals_adam(betas, eps, measured):
+    """optimization.py:131-149, transcribed: no number of the step in it."""
+    torch.manual_seed(1)
+    layer = nn.Linear(5, 3).double()
+    optimizer = adamw(layer, 0.1, betas, eps, bias_correction=False)
+    theta = [p.detach().numpy().copy() for p in layer.parameters()]
+    m = [np.zeros_like(p) for p in theta]
+    v = [np.zeros_like(p) for p in theta]
+    for t in range(1, 101):
+        rate = 0.01 * abs(math.sin(t))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for i, p in enumerate(layer.parameters()):
+            p.grad = torch.randn_like(p) * 10.0 ** torch.randint(-3, 2, p.shape)
+            g = p.grad.numpy()
+            m[i] = betas[0] * m[i] + (1 - betas[0]) * g
+            v[i] = betas[1] * v[i] + (1 - betas[1]) * np.square(g)
+            update = m[i] / (np.sqrt(v[i]) + eps)
+            if p.dim() == 2:  # not LayerNorm, not a bias
+                update += 0.1 * theta[i]
+            theta[i] = theta[i] - rate * update
+        optimizer.step()
+    for p, expected in zip(layer.parameters(), theta, strict=True):
+        measured(p.detach().numpy() - expected, 1e-13)
+
+
+def test_the_originals_adam_begins_as_it_says_in_float32():
+    layer = nn.Linear(5, 3)
+    optimizer = adamw(layer, bias_correction=False)
+    for p in layer.parameters():
+        state = optimizer.state[p]
+        assert state["step"].dtype == torch.float32
+        assert state["step"] + 1 > state["step"]
+        assert 0.999 ** float(state["step"]) == 0
+        assert not state["exp_avg"].any()
+        assert not state["exp_avg_sq"].any()
+
+
 def test_the_constants_are_the_originals():
     (decayed, plain) = adamw(nn.Linear(2, 2)).param_groups
     for group in (decayed, plain):
@@ -75,7 +121,7 @@ def test_the_constants_are_the_originals():
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.01, 0.0)
 
 
-@pytest.mark.equation("11.8")
+@pytest.mark.equation("11.7")
 @pytest.mark.parametrize(
     ("warmup", "total"), [(0, 10), (10, 100), (7, 7), (1, 2), (0, 1)]
 )
@@ -89,8 +135,31 @@ def test_the_schedule_equals_hugging_faces_at_every_step(
         measured(linear_warmup_decay(step, warmup, total) - expected, 0)
 
 
+@pytest.mark.parametrize(("warmup", "total"), [(0, 10), (10, 100), (7, 7)])
+def test_the_constant_schedule_equals_hugging_faces(warmup, total, measured):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_constant_schedule_with_warmup(optimizer, warmup)
+    for step in range(total + 5):
+        expected = theirs.lr_lambdas[0](step)
+        measured(SCHEDULES["constant"](step, warmup, total) - expected, 0)
+
+
+@pytest.mark.equation("11.10")
+@pytest.mark.parametrize(("warmup", "total"), [(0, 10), (10, 100), (7, 7)])
+def test_the_originals_schedule_equals_its_transcription(
+    warmup, total, measured
+):
+    """optimization.py:32-54: a polynomial decay of power 1, then a switch."""
+    for step in range(total + 5):
+        decayed = (1.0 - 0.0) * (1 - min(step, total) / total) ** 1.0 + 0.0
+        warm = 1.0 if step < warmup else 0.0
+        percent = step / warmup if warmup else 0.0
+        expected = (1.0 - warm) * decayed + warm * percent
+        measured(SCHEDULES["original"](step, warmup, total) - expected, 1e-15)
+
+
 def numpy_train(targets, rates, decay, bound):
-    """Equations (11.1) to (11.6) and (11.10) for `Quadratic`, step by step."""
+    """Equations (11.1) to (11.8) for `Quadratic`, step by step."""
     model = Quadratic()
     theta = [p.detach().numpy().copy() for p in model.parameters()]
     m, v = [0.0, 0.0], [0.0, 0.0]
@@ -108,7 +177,7 @@ def numpy_train(targets, rates, decay, bound):
     return theta, norms
 
 
-@pytest.mark.equation("11.1", "11.3", "11.6", "11.8", "11.10")
+@pytest.mark.equation("11.1", "11.3", "11.6", "11.7", "11.8")
 def test_the_whole_loop_equals_numpy_with_clipping_and_schedule(measured):
     torch.manual_seed(2)
     scales = [0.1, 5.0, 0.5, 20.0, 1.0, 0.2] * 3
