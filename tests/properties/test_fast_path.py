@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from bertnb import (
     BertConfig,
@@ -11,6 +12,7 @@ from bertnb import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
+    LayerNorm,
     gather_positions,
 )
 
@@ -189,6 +191,13 @@ def test_the_states_between_the_layers_have_16_bits(dtype):
     assert out.loss.dtype == torch.float32
     assert (out.loss - exact.loss).abs() < 1e-2 * exact.loss
     assert out.loss != exact.loss
+
+
+def test_every_norm_is_ours():
+    """On a GPU torch's would return float32; on a CPU nothing tells."""
+    norms = [m for m in build().modules() if isinstance(m, nn.LayerNorm)]
+    assert len(norms) == 2 + 2 * SMALL.num_hidden_layers
+    assert {type(norm) for norm in norms} == {LayerNorm}
 
 
 def test_gradients_of_the_16_bit_stream_are_float32_and_near():

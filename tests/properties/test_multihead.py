@@ -226,6 +226,19 @@ def test_where_nothing_may_be_seen_only_the_output_bias_is_left(attentions):
     assert torch.equal(out, block.output.bias.expand(2, 5, 12))
 
 
+@pytest.mark.parametrize("attentions", [False, True])
+def test_some_queries_get_the_answers_that_all_would_give(attentions):
+    block, x = make(), states(2, 5, 12)
+    mask = torch.rand(2, 1, 5, 5) < 0.7
+    mask[..., 0] = True
+    every, weights = block(x, mask, True)
+    some, few = block(x, mask[:, :, [3, 1]], attentions, x[:, [3, 1]])
+    assert (some - every[:, [3, 1]]).abs().max() < 1e-12
+    assert (few is None) == (not attentions)
+    if attentions:
+        assert (few - weights[:, :, [3, 1]]).abs().max() < 1e-12
+
+
 def test_a_single_unbatched_sequence_gives_its_rows_of_the_batch():
     block, x = make(), states(2, 5, 12)
     alone, _ = block(x[1])
