@@ -17,7 +17,7 @@ def attention_shares(
     cls: Tensor,
     sep: Tensor,
 ) -> dict[str, Tensor]:
-    """Return which share of the attention of each head falls where, (12.10).
+    """Return which share of the attention of each head falls where, (12.15).
 
     Args:
         attention: the weights of one layer, (B, A, L, L).
@@ -49,5 +49,5 @@ def attention_shares(
     shares = {}
     for name, keys in targets.items():
         counted = attention * (keys & queries[:, :, None])[:, None]
-        shares[name] = counted.sum((0, 2, 3)) / queries.sum()  # (A,), (12.10)
+        shares[name] = counted.sum((0, 2, 3)) / queries.sum()  # (A,), (12.15)
     return shares

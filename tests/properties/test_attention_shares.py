@@ -19,7 +19,7 @@ def example():
     return attention, queries.bool(), segments, cls, sep
 
 
-@pytest.mark.equation("12.10")
+@pytest.mark.equation("12.15")
 def test_the_shares_are_the_equation_one_place_after_the_other(measured):
     attention, queries, segments, cls, sep = example()
     found = attention_shares(attention, queries, segments, cls, sep)
