@@ -13,10 +13,10 @@ the lowest loss on the validation documents and takes at most 12 MB.
 The held-out documents are dealt in two halves: every choice looks at the first,
 "validation"; the second, "test", is scored once, at the end of a run.
 
-A step of such a model is some three hundred tiny kernels, and Python cannot
+A step of such a model is hundreds of tiny kernels, and Python cannot
 launch them as fast as a GPU runs them. So on CUDA the whole step, the one of
-`bertnb.train`, is recorded once as a graph and replayed, and many runs of one
-process share the GPU on streams of their own; runs with dropout, whose random
+`bertnb.train`, is recorded once as a graph and replayed, and the seeds of one
+run share a process, on streams of their own; runs with dropout, whose random
 numbers a process has only one source of, get a process each.
 """
 
