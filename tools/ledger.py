@@ -436,10 +436,10 @@ def measure() -> int:
             return 1
         tests = json.loads(raw.read_text("utf-8"))
     from bertnb.configuration import BertConfig  # slow: only where all passed
-    from bertnb.pretraining import PretrainConfig, run_facts
+    from bertnb.recipe import PretrainConfig, run_facts
 
     facts = run_facts(PretrainConfig("ledger", BertConfig()))
-    del facts["config"]
+    del facts["config"], facts["resumed_at"]
     for peer in ("numpy", "transformers"):
         facts["versions"][peer] = version(peer)
     lines: list[dict[str, Any]] = [
