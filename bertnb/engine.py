@@ -349,9 +349,6 @@ class PretrainingRun:
             max(config.mlm_probability, config.final_mlm_probability or 0.0),
             config.seed,
             config.sampler,
-            pack=config.pack,
-            rank=self.world.rank,
-            ranks=ranks,
         )
 
     def _held_out_data(self, corpus: Corpus) -> PretrainingData:
