@@ -6,9 +6,10 @@ PY := .venv/bin/python
 READY := .venv/ready
 SOURCE := _build/source
 HTML := _build/html
+SPEED := book/runs/speed-cpu.json
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help book test notebooks package lint serve clean
+.PHONY: help book test notebooks package lint bench serve clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -42,6 +43,18 @@ lint: $(READY) ## check style, types and prose
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 	@$(PY) tools/portable.py
+
+bench: $(READY) ## time training beside transformers on this CPU (10 minutes)
+	@rm -f $(SPEED)
+	$(PY) benchmarks/roofline.py mini --record $(SPEED)
+	$(PY) benchmarks/training_step.py mini --record $(SPEED)
+	$(PY) benchmarks/training_step.py mini --compile --dropout 0 --record $(SPEED)
+	$(PY) benchmarks/training_step.py small --rounds 6 --record $(SPEED)
+	$(PY) benchmarks/training_step.py base --rounds 4 --record $(SPEED)
+	$(PY) benchmarks/ladder.py mini --rounds 8 --record $(SPEED)
+	$(PY) benchmarks/packing.py mini --rounds 4 --record $(SPEED)
+	$(PY) benchmarks/data_pipeline.py --record $(SPEED)
+	$(PY) benchmarks/training_step.py mini --curve 200 --length 64 --batch 2 --record $(SPEED)
 
 serve: ## show the built book on http://localhost:8000
 	@test -e $(HTML)/index.html || { echo "There is no book yet: \`make book\`"; exit 1; }

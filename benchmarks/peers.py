@@ -23,23 +23,34 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a machine without the package installed
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+# a machine without the package installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-import transformers  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
 
-from bertnb.configuration import BertConfig  # noqa: E402
-from bertnb.optimization import adamw  # noqa: E402
-from bertnb.pretraining import BertForPreTraining  # noqa: E402
+from bertnb.configuration import BertConfig
+from bertnb.masked_lm import IGNORE, mask_tokens
+from bertnb.next_sentence import Pair
+from bertnb.optimization import adamw
+from bertnb.pretraining import BertForPreTraining
+from bertnb.rows import (
+    collate_rows,
+    model_arguments,
+    most_predictions,
+    pack_pairs,
+    special_tokens,
+)
 
 transformers.utils.logging.disable_progress_bar()
+ROOT = Path(__file__).resolve().parents[1]
 
 # layers, hidden size, heads
 SIZES = {
@@ -55,6 +66,8 @@ SIZES = {
 WIKIPEDIA = (36, 140, 114, 80, 62, 52, 44, 39, 34, 30, 28, 25, 23, 21, 20, 18)
 FULL = 234
 MLM = 0.15
+# what the functions of the package ask of a tokenizer
+FRAME: Any = SimpleNamespace(pad_token_id=0, cls_token_id=2, sep_token_id=3)
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-3}  # of a loss, in nats
 COSINE = 0.999  # of a gradient
 Batch = dict[str, Tensor]
@@ -112,39 +125,26 @@ class Problem:
 
 
 def wikipedia_lengths(number: int, length: int, seed: int = 0) -> list[int]:
-    """Draw lengths from the histogram, scaled down where `length` is below 512."""
-    rng = random.Random(seed)
-    bins = range(len(WIKIPEDIA) + 1)
-    lengths = []
-    for i in rng.choices(bins, (*WIKIPEDIA, FULL), k=number):
-        low, high = (
-            (512, 512) if i == len(WIKIPEDIA) else (32 * i + 1, 32 * i + 32)
-        )
-        drawn = rng.randint(max(low, 16), min(high, 512))
-        lengths.append(max(5, drawn * length // 512))
+    """Return lengths as the histogram has them, in random order: `number`
+    quantiles, so that their mean is the histogram's; scaled down where `length`
+    is below 512."""
+    bins = [(max(17, 32 * i + 1), min(32 * i + 32, 511)) for i in range(16)]
+    total, lengths = sum(WIKIPEDIA) + FULL, []
+    for i in range(number):
+        left = (i + 0.5) / number * total
+        drawn = 512.0
+        for share, (low, high) in zip(WIKIPEDIA, bins, strict=True):
+            if left < share:
+                drawn = low + (high - low) * left / share
+                break
+            left -= share
+        lengths.append(max(5, round(drawn * length / 512)))
+    random.Random(seed).shuffle(lengths)
     return lengths
 
 
 def predictions(length: int) -> int:
-    return max(1, round(MLM * length))
-
-
-def pack_first_fit(
-    lengths: Sequence[int], length: int, depth: int
-) -> list[list[int]]:
-    """Return rows of pair numbers, longest first, at most `depth` a row."""
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        for r, row in enumerate(rows):
-            if room[r] >= lengths[i] and len(row) < depth:
-                row.append(i)
-                room[r] -= lengths[i]
-                break
-        else:
-            rows.append([i])
-            room.append(length - lengths[i])
-    return rows
+    return most_predictions(length, 1, MLM)
 
 
 def problem(
@@ -154,92 +154,67 @@ def problem(
     depth: int = 1,
     seed: int = 0,
 ) -> Problem:
-    """Return random pairs of these lengths: padded for them, and for us with up
-    to `depth` in a row. Ids and targets are random, a mask where rows need it."""
-    g = torch.Generator().manual_seed(seed)
-    number, most = len(lengths), predictions(length)
-    ids = torch.randint(5, vocab_size, (number, length), generator=g)
-    words = torch.randint(5, vocab_size, (number, length), generator=g)
-    place = torch.arange(length)
-    real = place < torch.tensor(lengths)[:, None]  # (N, L)
-    segments = ((place >= torch.tensor(lengths)[:, None] // 2) & real).long()
-    ids = torch.where(real, ids, 0)
-    order = torch.randint(2, (number,), generator=g)
-    count = torch.tensor([predictions(n) for n in lengths])
-    lottery = torch.rand(real.shape, generator=g).masked_fill(~real, -1)
-    lottery[:, 0] = -1  # [CLS] is never hidden
-    drawn = lottery.topk(most).indices.sort(-1).values
-    best = lottery.topk(most).indices
-    hidden = torch.zeros_like(real)
-    for i, n in enumerate(count.tolist()):
-        hidden[i, best[i, :n]] = True
-    labels = torch.where(hidden, words, -100)
-    theirs = {
-        "input_ids": ids,
-        "token_type_ids": segments,
-        "labels": labels,
-        "next_sentence_label": order,
-    }
-    full = min(lengths) == length
-    if not full:
-        theirs["attention_mask"] = real.long()
-    if depth == 1:
-        ours = {k: v for k, v in theirs.items() if k != "labels"}
-        if full:
-            ours["masked_positions"] = drawn
-            ours["labels"] = labels.gather(1, drawn)
-        else:
-            at = place.where(hidden, length).sort(-1).values[:, :most]
-            padded = F.pad(labels, (0, 1), value=-100)
-            ours["labels"] = padded.gather(1, at)
-            ours["masked_positions"] = at.where(at < length, 0)
-    else:
-        ours = packed(ids, segments, labels, order, lengths, length, depth)
-    return Problem(ours, theirs, tuple(lengths))
+    """Return pairs of random words of these lengths, frames counted, with words
+    hidden: one a row for them, and for us up to `depth`. Neither side gets a
+    mask where no row has padding."""
+    rng = random.Random(seed)
+    pairs = [random_pair(i, n, vocab_size, rng) for i, n in enumerate(lengths)]
+    padded = collate_rows([[pair] for pair in pairs], FRAME, length)
+    ids = padded["input_ids"]
+    shown, positions, targets = mask_tokens(
+        ids,
+        special_tokens(ids, FRAME),
+        vocab_size=vocab_size,
+        mask_token_id=4,
+        mlm_probability=MLM,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    padded["input_ids"] = shown
+    labels = F.pad(torch.full_like(ids, IGNORE), (0, 1))  # a bin for no target
+    places = positions.where(targets != IGNORE, length)
+    labels = labels.scatter(1, places, targets)[:, :length]
+    theirs = model_arguments(padded)
+    ours = theirs | {"masked_positions": positions, "labels": targets}
+    if depth > 1:
+        rows = pack_pairs(pairs, length, depth, rng)
+        ours = packed(rows, padded["input_ids"], labels, depth)
+    elif min(lengths) == length:
+        del ours["attention_mask"], theirs["attention_mask"]
+    return Problem(
+        ours, theirs | {"labels": labels.contiguous()}, tuple(lengths)
+    )
+
+
+def random_pair(
+    number: int, tokens: int, vocab_size: int, rng: random.Random
+) -> Pair:
+    """Return a pair that has so many tokens with its frame, and a number."""
+    words = rng.choices(range(5, vocab_size), k=tokens - 3)
+    cut = max(1, len(words) // 2)
+    order = rng.randrange(2)
+    return Pair(words[:cut], words[cut:], order, (number, number))
 
 
 def packed(
-    ids: Tensor,
-    segments: Tensor,
-    labels: Tensor,
-    order: Tensor,
-    lengths: Sequence[int],
-    length: int,
-    depth: int,
+    rows: Sequence[Sequence[Pair]], ids: Tensor, labels: Tensor, depth: int
 ) -> Batch:
-    """Lay the padded pairs out in as few rows as first fit finds."""
-    rows = pack_first_fit(lengths, length, depth)
-    shape = len(rows), length
-    out = {
-        name: torch.zeros(shape, dtype=torch.int64)
-        for name in ("input_ids", "token_type_ids", "position_ids")
-    }
-    target = torch.full(shape, -100)
-    owner = torch.zeros(shape, dtype=torch.int64)  # 0: padding
-    heads = torch.zeros(len(rows), depth, dtype=torch.int64)
-    follows = torch.full((len(rows), depth), -100)
-    for r, row in enumerate(rows):
-        start = 0
-        for d, i in enumerate(row):
-            n = lengths[i]
-            span = slice(start, start + n)
-            out["input_ids"][r, span] = ids[i, :n]
-            out["token_type_ids"][r, span] = segments[i, :n]
-            out["position_ids"][r, span] = torch.arange(n)
-            target[r, span] = labels[i, :n]
-            owner[r, span] = d + 1
-            heads[r, d], follows[r, d] = start, order[i]
-            start += n
-    most = int((target != -100).sum(-1).max())
-    at = torch.arange(length).where(target != -100, length).sort(-1).values
-    at = at[:, :most]
-    return {
-        **out,
-        "attention_mask": owner[:, :, None] == owner[:, None, :],
-        "masked_positions": at.where(at < length, 0),
-        "labels": F.pad(target, (0, 1), value=-100).gather(1, at),
-        "cls_positions": heads,
-        "next_sentence_label": follows,
+    """Lay rows of pairs out, with the ids and labels that each has alone."""
+    length = ids.shape[1]
+    batch = collate_rows(rows, FRAME, length, depth)
+    numbers = [
+        [pair.documents[0] for pair in row if pair.documents] for row in rows
+    ]
+    owner = torch.tensor([row + [0] * (depth - len(row)) for row in numbers])
+    real = batch["document_ids"] > 0
+    pair = owner.gather(1, (batch["document_ids"] - 1).clamp(min=0))  # (B, L)
+    batch["input_ids"] = ids[pair, batch["position_ids"]] * real
+    label = labels[pair, batch["position_ids"]].where(real, IGNORE)
+    slots = most_predictions(length, depth, MLM)
+    place = torch.arange(length).where(label != IGNORE, length)
+    place = place.sort(-1).values[:, :slots]
+    return model_arguments(batch) | {
+        "masked_positions": place.where(place < length, 0),
+        "labels": F.pad(label, (0, 1), value=IGNORE).gather(1, place),
     }
 
 
@@ -354,6 +329,7 @@ class Peer:
         device: torch.device,
         precision: torch.dtype = torch.float32,
         call: Callable[..., Any] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self.name, self.model, self.device = name, model, device
         self.batch, self.tokens = batch, tokens
@@ -361,10 +337,10 @@ class Peer:
             self.batch = {k: v.pin_memory() for k, v in batch.items()}
         self.precision = precision
         self.call = model if call is None else call
-        self.optimizer = adamw(model)
+        self.optimizer = optimizer or adamw(model)
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-4
-        self.first_seconds = 0.0
+        self.first_seconds = self.first_loss = 0.0
         self.peak_bytes = 0
 
     def step(self) -> Tensor:
@@ -402,9 +378,11 @@ def seconds(peer: Peer, steps: int) -> float:
 
 
 def warm_up(peer: Peer, steps: int) -> None:
-    """Take the first steps, with compilation; note the time and the memory."""
+    """Take the first steps, with compilation; note time, memory and loss."""
     peer.model.train()
-    peer.first_seconds = seconds(peer, 1)
+    started = time.perf_counter()
+    peer.first_loss = float(peer.step())
+    peer.first_seconds = time.perf_counter() - started
     if peer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         others = torch.cuda.memory_allocated() - peer.state_bytes()
@@ -442,6 +420,9 @@ def race(peers: Sequence[Peer], rounds: int, steps: int = 1) -> dict[str, Any]:
             "peak_megabytes": round(peer.peak_bytes / 2**20) or None,
         }
         for peer in peers
+    }
+    result["times"] = {
+        name: [round(t, 5) for t in taken] for name, taken in times.items()
     }
     result["compared"] = {
         peer.name: spread(
@@ -481,7 +462,12 @@ def ticks() -> tuple[int, int]:
 
 
 def peak_megabytes() -> float:
-    """Return the most memory this process has had, as the system counts."""
+    """Return the most memory this program has had. (Linux's `ru_maxrss` would
+    also count the process that started it.)"""
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        return round(int(found[1]) / 2**10, 1) if found else 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 

@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 from peers import (
+    BOUNDS,
     SIZES,
     Peer,
     add_to_record,
+    autocast,
     configuration,
     gate,
     models,
@@ -79,6 +81,24 @@ def compiled(options: argparse.Namespace, model: torch.nn.Module) -> Any:
     return torch.compile(model, dynamic=False, backend=options.backend)
 
 
+def warm_and_compare(
+    peers: list[Peer], options: argparse.Namespace
+) -> dict[str, float]:
+    """Take the first steps; without dropout, return how far compilation moved
+    each peer's first loss, and stop if it did."""
+    moved = {}
+    for peer in peers:
+        peer.model.train()
+        with torch.no_grad(), autocast(peer.device, peer.precision):
+            loss = float(peer.model(**peer.batch).loss)
+        warm_up(peer, 2)
+        if not options.dropout:
+            moved[peer.name] = abs(peer.first_loss - loss)
+            if not moved[peer.name] <= BOUNDS[peer.precision]:
+                raise SystemExit(f"compiled, the loss is another one: {moved}")
+    return moved
+
+
 def memory(options: argparse.Namespace) -> None:
     """Take three steps of one peer, and print its peak: runs in a process of
     its own, for the system counts per process."""
@@ -102,8 +122,12 @@ def memory(options: argparse.Namespace) -> None:
     )
 
 
-def peak_of(who: str) -> dict[str, float]:
-    command = [sys.executable, *sys.argv, "--memory", who]
+def peak_of(options: argparse.Namespace, who: str) -> dict[str, float]:
+    """Return what `memory` prints for one peer, in a fresh process."""
+    names = ("length", "batch", "dropout", "vocabulary", "precision")
+    given = [f"--{name}={getattr(options, name)}" for name in names]
+    given += ["--packed"] if options.packed else []
+    command = [sys.executable, __file__, options.size, *given, "--memory", who]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -172,12 +196,16 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             ("theirs", theirs, batches.theirs),
         )
     ]
-    for peer in peers:
-        warm_up(peer, 2)
-    result = {"gate": passed, **race(peers, options.rounds)}
+    result: dict[str, Any] = {"gate": passed}
+    if options.compile:
+        result["compilation_moves_loss"] = warm_and_compare(peers, options)
+    else:
+        for peer in peers:
+            warm_up(peer, 2)
+    result |= race(peers, options.rounds)
     if device.type == "cpu" and not options.compile:
         for name, peer in result["peers"].items():
-            peer |= peak_of(name)
+            peer |= peak_of(options, name)
     return result
 
 
