@@ -3,9 +3,11 @@
 What it survives when it is killed stands in tests/faults/test_engine.py.
 """
 
+import inspect
 import json
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from bertnb import (
     WordPieceTokenizer,
     World,
     load_folder,
+    pick_precision,
     prepare,
     pretrain,
 )
@@ -166,6 +169,67 @@ def test_a_missing_tensorboard_is_told_before_the_run(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(BertnbError, match="pip install tensorboard"):
         run_of(config, tensorboard=True)
+
+
+def test_the_recipe_reaches_every_part(config, monkeypatch):
+    given = {}
+
+    def watch(name):
+        original = getattr(engine, name)
+
+        def call(*arguments, **more):
+            bound = inspect.signature(original).bind(*arguments, **more)
+            given.setdefault(name, bound.arguments)
+            return original(*arguments, **more)
+
+        monkeypatch.setattr(engine, name, call)
+
+    for name in ("PretrainingData", "adamw", "train", "evaluate_pretraining"):
+        watch(name)
+    changed = replace(
+        config,
+        sampler="original",
+        pack=2,
+        parts=2,
+        max_grad_norm=0.5,
+        weight_decay=0.1,
+        bias_correction=False,
+        seed=3,
+        on_nonfinite="skip",
+        eval_batches=7,
+        precision="bfloat16",
+    )
+    pretrain(changed, progress=False)
+    data = given["PretrainingData"]  # the first: that for training
+    assert (data["length"], data["batch_size"]) == (24, 4)
+    assert (data["sampler"], data["pack"], data["seed"]) == ("original", 2, 3)
+    assert (data["rank"], data["ranks"]) == (0, 1)
+    assert given["adamw"]["weight_decay"] == 0.1
+    assert given["adamw"]["bias_correction"] is False
+    steps = given["train"]
+    assert steps["schedule"](2) == config.learning_rate_at(2)
+    assert (steps["first_step"], steps["max_grad_norm"]) == (0, 0.5)
+    assert (steps["parts"], steps["on_nonfinite"]) == (2, "skip")
+    assert steps["precision"] == torch.bfloat16
+    assert steps["scaler"] is None
+    assert given["evaluate_pretraining"]["max_batches"] == 7
+
+
+def test_precision_auto_is_what_the_device_does_faster(config):
+    run = PretrainingRun(replace(config, precision="auto"))
+    assert run.precision == pick_precision(torch.device("cpu"))
+
+
+def test_compiling_is_tried_with_the_first_batch(config, monkeypatch):
+    tried = []
+
+    def probe(model, batch, device, precision):
+        tried.append((batch["input_ids"].shape, device.type, precision))
+        return model
+
+    monkeypatch.setattr(engine, "probe_compile", probe)
+    run_of(config, compile=True)
+    assert tried == [((4, 24), "cpu", torch.float32)]
 
 
 # the same result
@@ -313,6 +377,19 @@ def test_a_batch_goes_into_the_processes_and_parts(config):
         )
 
 
+def test_processes_begin_with_the_same_weights_and_other_dropout(config):
+    runs, states = [], []
+    for rank in range(2):
+        world = World(rank, 2, torch.device("cpu"))
+        runs.append(PretrainingRun(config, world))
+        states.append(torch.get_rng_state())
+    assert same_weights(*runs)
+    assert not torch.equal(*states)
+    assert runs[0].training.batch_size == config.batch_size // 2
+    ours, theirs = (run.batch(0)["input_ids"] for run in runs)
+    assert not torch.equal(ours, theirs)
+
+
 # the end
 
 
@@ -360,7 +437,7 @@ def test_without_patience_the_last_model_is_the_result(config, scripted):
 
 def test_divergence_stops_and_keeps_what_was_good(config, scripted):
     losses, weights = scripted
-    losses += [3.0, 2.0, 3.4, 9.0]
+    losses += [5.0, 2.0, 3.4, 4.0, 4.0, 4.0]
     result = run_of(config, eval_every=1, divergence=1.5)
     assert result.stopped == "divergence"
     assert [r["step"] for r in result.records] == [1, 2, 3, 4]
@@ -425,6 +502,8 @@ def test_a_step_that_failed_is_never_saved(config, monkeypatch, fails_at):
     records = json.loads(state["log"])[1:]
     assert [r["step"] for r in records] == [2, 4][: fails_at // 2]
     assert all(r["skipped_steps"] == 0 for r in records)
+    log = Path(config.output_dir, "log.jsonl").read_text().splitlines()
+    assert list(map(json.loads, log[1:])) == records
 
 
 def test_a_batch_that_does_not_fit_gives_advice(config, monkeypatch):
@@ -440,7 +519,10 @@ def test_a_batch_that_does_not_fit_gives_advice(config, monkeypatch):
 
 
 def test_the_bar_is_shown_on_request(config, capsys):
+    run_of(config, max_tokens=config.places(2))
     pretrain(config, progress=True)
-    assert "6/6" in capsys.readouterr().err
+    bar = capsys.readouterr().err
+    assert "2/6" in bar  # where it goes on
+    assert "6/6" in bar
     pretrain(replace(config, output_dir=f"{config.output_dir}-2"), False)
     assert capsys.readouterr().err == ""
