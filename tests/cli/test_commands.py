@@ -54,7 +54,10 @@ def answer(*arguments: str | Path, input: str | bytes | None = None) -> Any:
 
 
 def document(number: int) -> str:
-    return " ".join(SENTENCES[(number + i) % len(SENTENCES)] for i in range(12))
+    """Return a text of twelve lines; no line is empty."""
+    return "\n".join(
+        SENTENCES[(number + i) % len(SENTENCES)] for i in range(12)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +272,27 @@ def test_texts_come_from_everywhere(
         assert said["tokens"] == made.tokens
 
 
+def test_prepare_takes_as_many_workers_as_asked_for(
+    texts: Path,
+    tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def look(
+        documents: object,
+        encoder: object,
+        folder: Path,
+        workers: int,
+        progress: bool,
+    ) -> None:
+        raise ValueError(f"{folder.name} by {workers}, {progress}")
+
+    monkeypatch.setattr("bertnb.shards.prepare", look)
+    arguments = ["--tokenizer", tokenizer, "--output", tmp_path / "s"]
+    done = run("prepare", texts, *arguments, "--workers", "3")
+    assert done.stderr == "error: s by 3, True\n"
+
+
 def test_standard_input_is_one_document(
     tokenizer: Path, tmp_path: Path
 ) -> None:
@@ -467,6 +491,7 @@ def test_a_new_user_gets_a_model_that_transformers_loads(
     assert "pretraining: 100%" in done.stderr
     for name in ("masked lm loss", "unigram loss", "next sentence accuracy"):
         assert re.search(rf"^{name} +\d", done.stdout, re.M)
+    assert "stopped" not in done.stdout  # it was not
     assert re.search(rf"^output +{re.escape(str(model))}$", done.stdout, re.M)
     theirs = transformers.BertForPreTraining.from_pretrained(model).eval()
     ours = bertnb.BertForPreTraining.from_pretrained(model)
@@ -489,17 +514,33 @@ def test_a_new_user_gets_a_model_that_transformers_loads(
 # --- models at work
 
 
-def test_bench_measures(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["--rounds", "1", "--batch-size", "2", "--device", "cpu"]
-    said = answer("bench", *arguments, "--sequence-length", "16")
-    shape = bertnb.named_config("tiny", 8192, 16)
-    expected = bertnb.BertForPreTraining(shape)
-    count = sum(parameter.numel() for parameter in expected.parameters())
-    assert said["parameters"] == count
-    for name in ("training", "reading"):
-        tokens = said[f"{name}_tokens_per_second"]
-        seconds = said[f"{name}_milliseconds"] / 1000
-        assert tokens * seconds == pytest.approx(32, rel=0.05)
+def test_bench_measures_what_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def look(
+        config: bertnb.BertConfig,
+        length: int,
+        batch_size: int,
+        rounds: int,
+        device: str,
+        progress: bool,
+    ) -> dict[str, Any]:
+        assert config == bertnb.named_config("mini", 77, 16)
+        assert (length, batch_size, rounds) == (16, 2, 5)
+        assert (device, progress) == ("cpu", True)
+        return {"speed": 1.5}
+
+    monkeypatch.setattr("bertnb.choices.measure_speed", look)
+    arguments = "--size mini --vocab-size 77 --sequence-length 16"
+    more = "--batch-size 2 --rounds 5 --device cpu"
+    said = answer("bench", *arguments.split(), *more.split())
+    assert said == {"model": "mini", "speed": 1.5}
+
+
+def test_bench_measures() -> None:
+    said = answer("bench", "--rounds", "1", "--batch-size", "1")
+    assert said["training_tokens_per_second"] > 0
+    assert said["reading_tokens_per_second"] > 0
 
 
 def test_fill_mask_says_what_the_function_says() -> None:
@@ -581,7 +622,9 @@ def test_convert_changes_the_head(tmp_path: Path) -> None:
     answer(
         "convert", folder, "--class", "BertModel", "--output", tmp_path / "body"
     )
-    body = bertnb.BertModel.from_pretrained(tmp_path / "body")
+    again = answer("convert", tmp_path / "body", "--output", tmp_path / "too")
+    assert again["model"] == "BertModel"  # as the source says
+    body = bertnb.BertModel.from_pretrained(tmp_path / "too")
     table = body.embeddings.word_embeddings.weight
     assert torch.equal(table, saved["bert.embeddings.word_embeddings.weight"])
     vocabulary = (tmp_path / "body" / "vocab.txt").read_text()

@@ -67,11 +67,11 @@ def stop(folder: Path, number: signal.Signals) -> "tuple[int, str, str]":
     """Stop a run after its first checkpoint; return its code and its words."""
     with start(folder, *PRETRAIN) as program:
         checkpoints = folder / "model" / "checkpoints"
-        until = time.monotonic() + 60
+        until = time.monotonic() + 180
         while not list(checkpoints.glob("*.pt")) and time.monotonic() < until:
             time.sleep(0.05)
         program.send_signal(number)
-        out, err = program.communicate(timeout=60)
+        out, err = program.communicate(timeout=180)
     return program.returncode, out, err
 
 
@@ -90,7 +90,7 @@ def test_a_run_that_is_terminated_goes_on_where_it_was(folder: Path) -> None:
     files = (folder / "model" / "checkpoints").glob("*.pt")
     last = max(int(file.name.split("-")[1]) for file in files)
     with start(folder, *PRETRAIN, "--max-seconds", "1") as program:
-        out, err = program.communicate(timeout=60)
+        out, err = program.communicate(timeout=180)
     assert program.returncode == 0, err
     assert json.loads(out)["stopped"] == "max_seconds"
     assert f"| {last}/4000 [" in err  # where its bar begins
