@@ -66,9 +66,7 @@ def texts() -> Iterator[tuple[str, list[Document]]]:
 def packed(pairs: list[Pair], length: int) -> dict[str, Any]:
     """Return the pairs' lengths, and how full their rows are by `pack`."""
     sizes = [3 + len(pair.first) + len(pair.second) for pair in pairs]
-    rows = {
-        d: len(pack_pairs(pairs, length, d, random.Random(0))) for d in DEPTHS
-    }
+    rows = {d: len(pack_pairs(pairs, length, d)) for d in DEPTHS}
     return {
         "pairs": len(pairs),
         "mean_tokens": round(sum(sizes) / len(sizes), 2),

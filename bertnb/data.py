@@ -1,4 +1,4 @@
-"""From documents to batches.
+"""From texts to sentences.
 
 Written by tools/extract.py from notebooks/10_data.md: edit that notebook, not this file.
 """

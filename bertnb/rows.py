@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-# %% From pairs to batches
+# %% Rows
 Batch = dict[str, Tensor]
 
 
@@ -147,44 +147,41 @@ def _require(name: str, value: object, holds: bool, expected: str) -> None:
         raise ValueError(f"{name}={value!r}: expected {expected}")
 
 
+# %% Filling rows
 def pack_pairs(
-    pairs: Sequence[Pair], length: int, pack: int, rng: random.Random
+    pairs: Sequence[Pair], length: int, pack: int
 ) -> list[list[Pair]]:
     """Put up to `pack` pairs in a row of `length` tokens, (10.2).
 
-    The longest pair comes first, pairs of one length in the order that `rng`
-    draws. Each goes to the row where it leaves the least room, or to a new one
-    ("best fit decreasing"). The rows come in the order of their longest pairs:
+    Each pair in turn goes to the row where it leaves the least room, or begins
+    a new one ("best fit"). The rows come in the order in which they are begun:
     with `pack` = 1 in the order of the pairs.
     """
-    sizes = [3 + len(pair.first) + len(pair.second) for pair in pairs]
-    shortest = min(sizes, default=0)
-    rows: list[list[int]] = []
+    rows: list[list[Pair]] = []
     rooms: list[int] = []  # what is free in the open rows, ascending
-    with_room: dict[int, list[list[int]]] = defaultdict(list)
-    order = rng.sample(range(len(pairs)), len(pairs))
-    for i in sorted(order, key=lambda i: -sizes[i]):
-        at = bisect_left(rooms, sizes[i])
+    with_room: dict[int, list[list[Pair]]] = defaultdict(list)
+    for pair in pairs:
+        size = 3 + len(pair.first) + len(pair.second)
+        at = bisect_left(rooms, size)
         if at == len(rooms):
-            room = length
             rows.append([])
-            row = rows[-1]
+            row, room = rows[-1], length
         else:
             room = rooms[at]
             row = with_room[room].pop()
             if not with_room[room]:
                 del rooms[at]
-        row.append(i)
-        room -= sizes[i]
-        if len(row) < pack and room >= shortest:
+        row.append(pair)
+        room -= size
+        if len(row) < pack:
             if not with_room[room]:
                 insort(rooms, room)
             with_room[room].append(row)
-    return [[pairs[i] for i in row] for row in sorted(rows)]
+    return rows
 
 
 def most_predictions(length: int, pack: int, mlm_probability: float) -> int:
-    """Return P, the most words that a row of up to `pack` pairs hides, (10.5).
+    """Return P, the most words that a row of up to `pack` pairs hides, (10.6).
 
     A pair of n >= 5 tokens hides max(1, round(mlm_probability * n)).
     """
@@ -202,6 +199,7 @@ def most_predictions(length: int, pack: int, mlm_probability: float) -> int:
     return int(most[length])
 
 
+# %% The batch of a step
 class Documents(Protocol):
     """Numbered documents of sentences of ids: a list, or `Shards`."""
 
@@ -226,7 +224,7 @@ def token_counts(documents: Documents) -> Iterator[int]:
 @dataclass
 class PretrainingData:
     """Encoded documents that give the batch of any step as a pure function of
-    the seed, the step's number and the rank, (10.7).
+    the seed, the step's number and the rank, (10.8).
 
     Each epoch cuts the documents into new pairs; each batch hides new words.
     In memory are the pairs of one block: documents from all over the corpus,
@@ -287,44 +285,26 @@ class PretrainingData:
         )
 
     def _check(self) -> None:
-        largest = 1 if self.sampler == "exact" else 0
-        for name, holds, expected in (
-            (
-                "length",
-                self.length >= 5,
-                "5 or more: 3 for the frame, one a segment",
-            ),
-            ("batch_size", self.batch_size >= 1, "1 or more"),
-            (
-                "mlm_probability",
-                0 < self.mlm_probability <= 1,
-                "a share in (0, 1]",
-            ),
-            (
-                "sampler",
-                self.sampler in SAMPLERS,
-                f"one of {', '.join(SAMPLERS)}",
-            ),
-            (
-                "short_seq_prob",
-                0 <= self.short_seq_prob <= largest,
-                f"0 to {largest} with sampler={self.sampler!r}",
-            ),
-            (
-                "dupe_factor",
-                self.dupe_factor is None or self.dupe_factor >= 1,
-                "None, or 1 or more",
-            ),
-            ("block_tokens", self.block_tokens >= 1, "1 or more"),
-            ("pack", self.pack >= 1, "1 or more"),
-            ("ranks", self.ranks >= 1, "1 or more"),
-            (
-                "rank",
-                0 <= self.rank < self.ranks,
-                f"0 to ranks - 1 = {self.ranks - 1}",
-            ),
-        ):
-            _require(name, getattr(self, name), holds, expected)
+        for name in ("batch_size", "block_tokens", "pack", "ranks"):
+            value = getattr(self, name)
+            _require(name, value, value >= 1, "1 or more")
+        room = self.length - 3  # for the two segments
+        _require("length", self.length, room >= 2, "5 or more: 3 for the frame")
+        share = self.mlm_probability
+        _require("mlm_probability", share, 0 < share <= 1, "a share in (0, 1]")
+        known = self.sampler in SAMPLERS
+        _require(
+            "sampler", self.sampler, known, f"one of {', '.join(SAMPLERS)}"
+        )
+        most = 1 if self.sampler == "exact" else 0
+        share, where = self.short_seq_prob, f"with sampler={self.sampler!r}"
+        possible = 0 <= share <= most
+        _require("short_seq_prob", share, possible, f"0 to {most} {where}")
+        copies = self.dupe_factor
+        possible = copies is None or copies >= 1
+        _require("dupe_factor", copies, possible, "None, or 1 or more")
+        possible = 0 <= self.rank < self.ranks
+        _require("rank", self.rank, possible, f"0 to {self.ranks - 1}")
 
     def batch(
         self,
@@ -350,7 +330,7 @@ class PretrainingData:
         _require("step", step, step >= 0, "0 or more")
         if self.dupe_factor is not None:
             step %= self.dupe_factor * self.batches_per_epoch
-        mine, i = divmod(step, self.batches_per_block)  # (10.7)
+        mine, i = divmod(step, self.batches_per_block)  # (10.8)
         rows = self._rows(mine * self.ranks + self.rank)
         if not rows:
             raise ValueError(
@@ -363,9 +343,9 @@ class PretrainingData:
         batch = {
             name: _move(t, torch.device(device)) for name, t in batch.items()
         }
-        share = self.mlm_probability
-        if mlm_probability is not None:
-            share = mlm_probability
+        share = (
+            self.mlm_probability if mlm_probability is None else mlm_probability
+        )
         return model_arguments(batch) | self._hide(batch, step, share)
 
     def _hide(self, rows: Batch, step: int, mlm_probability: float) -> Batch:
@@ -374,8 +354,7 @@ class PretrainingData:
         if mlm_probability > self.mlm_probability:
             slots = most_predictions(self.length, self.pack, mlm_probability)
         seed = random.Random(f"{self.seed} mask {step}").getrandbits(63)
-        names = ("input_ids", "masked_positions", "labels")
-        hidden = mask_tokens(
+        ids, places, labels = mask_tokens(
             ids,
             special_tokens(ids, self.tokenizer),
             vocab_size=self.tokenizer.vocab_size,
@@ -386,16 +365,14 @@ class PretrainingData:
             generator=torch.Generator(ids.device).manual_seed(seed ^ self.rank),
             document_ids=rows["document_ids"] if self.pack > 1 else None,
         )
-        return dict(zip(names, hidden, strict=True))
+        return {"input_ids": ids, "masked_positions": places, "labels": labels}
 
     def _rows(self, visit: int) -> list[list[Pair]]:
         """Return the rows of a visit to a block; the last visit's are kept."""
         if self._kept[0] != visit:
             self._kept = (-1, [])  # first let go: never two blocks in memory
             pairs = self._pairs(visit)
-            rng = random.Random(f"{self.seed} rows {visit}")
-            rows = pack_pairs(pairs, self.length, self.pack, rng)
-            self._kept = (visit, rows)
+            self._kept = (visit, pack_pairs(pairs, self.length, self.pack))
         return self._kept[1]
 
     def _pairs(self, visit: int) -> list[Pair]:
@@ -414,7 +391,7 @@ class PretrainingData:
         return replace(pair, first=first, second=second)
 
     def _block(self, visit: int) -> list[range]:
-        """Return the runs that a visit reads, (10.6)."""
+        """Return the runs that a visit reads, (10.7)."""
         epoch, block = divmod(visit, self._blocks)
         chance = random.Random(f"{self.seed} runs {epoch}")
         dealt: list[range] = []
@@ -429,26 +406,22 @@ def _blocks(
     documents: Documents, block_tokens: int, ranks: int
 ) -> tuple[list[range], int]:
     """Cut documents into runs of neighbours, the largest first; return them
-    and the number of blocks that they are dealt to, (10.6)."""
+    and the number of blocks that they are dealt to, (10.7)."""
     counts = np.fromiter(token_counts(documents), np.int64)
     total = int(counts.sum())
     enough = max(1, min(block_tokens, ceil(total / ranks)) // 64)
     runs: list[tuple[int, range]] = []
     start = size = 0
-    for number, count in enumerate(counts.tolist(), 1):
-        size += count
+    for number, count in enumerate(counts, 1):
+        size += int(count)
         if size >= enough or (size and number == len(counts)):
             runs.append((size, range(start, number)))
             start, size = number, 0
     runs.sort(key=lambda run: -run[0])
     # at least two runs a block, for a stranger is from another document
     most = len(runs) // (2 * ranks)
-    _require(
-        "ranks",
-        ranks,
-        ranks == 1 or most > 0,
-        f"at most {len(runs) // 2}, two documents for each",
-    )
+    expected = f"at most {len(runs) // 2}, two documents for each"
+    _require("ranks", ranks, ranks == 1 or most > 0, expected)
     blocks = max(1, min(ceil(total / (block_tokens * ranks)), most))
     return [run for _, run in runs], ranks * blocks
 

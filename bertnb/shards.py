@@ -69,7 +69,7 @@ def _write_shard(
             counts.append(len(encoded))
     arrays = {
         "ids": np.concatenate(ids),
-        "sentences": np.cumsum(sentences, dtype=np.uint32),  # (10.9)
+        "sentences": np.cumsum(sentences, dtype=np.uint32),  # (10.10)
         "documents": np.cumsum(counts, dtype=np.uint32),
     }
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
@@ -88,7 +88,7 @@ def _write_shard(
 
 
 def _id_type(vocab_size: int) -> type[np.unsignedinteger[Any]]:
-    return np.uint16 if vocab_size <= 2**16 else np.uint32  # (10.8)
+    return np.uint16 if vocab_size <= 2**16 else np.uint32  # (10.9)
 
 
 def file_digest(path: Path) -> str:
@@ -275,7 +275,7 @@ class Shards:
         )
         n = number - self._starts[place]
         first, last = documents[n : n + 2].tolist()
-        bounds = sentences[first : last + 1].tolist()  # (10.9)
+        bounds = sentences[first : last + 1].tolist()  # (10.10)
         flat = ids[bounds[0] : bounds[-1]].tolist()
         return [
             flat[a - bounds[0] : b - bounds[0]] for a, b in pairwise(bounds)

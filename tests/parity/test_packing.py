@@ -95,7 +95,7 @@ def test_packed_and_padded_rows_have_one_loss_and_one_gradient(
     model = BertForPreTraining(SMALL).to(kind).train()
     batch = packed_batch()
     apart = unpacked(batch)
-    assert len(apart["input_ids"]) >= 2 * len(batch["input_ids"])
+    assert len(apart["input_ids"]) > 1.5 * len(batch["input_ids"])
     for packed, padded in zip(
         results(model, batch), results(model, apart), strict=True
     ):

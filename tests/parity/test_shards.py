@@ -47,7 +47,7 @@ def by_hand(path):
     }
 
 
-@pytest.mark.equation("10.9")
+@pytest.mark.equation("10.10")
 def test_a_file_holds_the_lists_of_the_formula(tmp_path, measured):
     shards = prepare(DOCUMENTS, TOKENIZER, tmp_path)
     arrays = by_hand(tmp_path / "00000.safetensors")
@@ -65,7 +65,7 @@ def test_a_file_holds_the_lists_of_the_formula(tmp_path, measured):
         assert np.array_equal(array, arrays[name])
 
 
-@pytest.mark.equation("10.8")
+@pytest.mark.equation("10.9")
 @pytest.mark.parametrize(
     ("pieces", "width"), [(100, 2), (2**16, 2), (2**16 + 1, 4)]
 )
