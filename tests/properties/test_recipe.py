@@ -194,6 +194,10 @@ def test_shards_are_the_same_corpus(tmp_path, corpus):
         for name in ("training", "held_out"):
             counted = list(token_counts(getattr(shards, name)))
             assert counted == list(token_counts(getattr(texts, name)))
+    fewer = load_folder(corpus)[1:]
+    prepare(fewer, texts.tokenizer, tmp_path / "fewer")
+    other = config(corpus=str(tmp_path / "fewer"), **named)
+    assert load_corpus(other).digest != one.digest
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(corpus):
