@@ -51,7 +51,7 @@ def fill(pairs: list[Pair], length: int) -> dict[str, Any]:
     tokens = sum(3 + len(pair.first) + len(pair.second) for pair in pairs)
     shares = {}
     for depth in DEPTHS:
-        rows = pack_pairs(pairs, length, depth, random.Random(0))
+        rows = pack_pairs(pairs, length, depth)
         shares[str(depth)] = round(tokens / (len(rows) * length), 4)
     most = sum(len(p.first) + len(p.second) + 3 == length for p in pairs)
     return {

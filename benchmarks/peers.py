@@ -176,7 +176,7 @@ def problem(
     theirs = model_arguments(padded)
     ours = theirs | {"masked_positions": positions, "labels": targets}
     if depth > 1:
-        rows = pack_pairs(pairs, length, depth, rng)
+        rows = pack_pairs(pairs, length, depth)
         ours = packed(rows, padded["input_ids"], labels, depth)
     elif min(lengths) == length:
         del ours["attention_mask"], theirs["attention_mask"]
