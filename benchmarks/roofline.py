@@ -37,8 +37,11 @@ def fastest(action: Callable[[], Any], seconds: float) -> float:
     return min(found)
 
 
-def ceilings(size: int, seconds: float) -> dict[str, float]:
-    """Return operations a second in two precisions, and bytes a second."""
+def ceilings(
+    size: int, megabytes: int, vector: int, seconds: float
+) -> dict[str, float]:
+    """Return operations a second in two precisions; and bytes a second of a
+    copy, in memory and of so few numbers that they stay in the cache."""
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
@@ -47,25 +50,21 @@ def ceilings(size: int, seconds: float) -> dict[str, float]:
             lambda a=a, b=b, out=out: torch.mm(a, b, out=out), 5 * seconds
         )
         found[str(dtype).removeprefix("torch.")] = 2 * size**3 / took
-    source = torch.randn(16 * size**2)
-    target = torch.empty_like(source)
-    took = fastest(lambda: target.copy_(source), 5 * seconds)
-    found["copy_bytes"] = 2 * source.numel() * 4 / took
+    for name, numbers in (("memory", megabytes * 2**18), ("cache", vector)):
+        source = torch.randn(numbers)
+        target = torch.empty_like(source)
+        took = fastest(lambda a=source, b=target: b.copy_(a), 2 * seconds)
+        found[f"{name}_bytes"] = 2 * numbers * 4 / took
     return {name: round(rate) for name, rate in found.items()}
 
 
 def works(
     size: str, rows: int, length: int, dtype: torch.dtype
 ) -> dict[str, Work]:
-    """Return the kinds of work in a forward pass, and the optimiser's."""
+    """Return the kinds of work in a forward pass, and the optimiser's, with the
+    sizes that they have in a step."""
     c = configuration(size, length, 30522, 0.0)
-    h, f, v, heads, d = (
-        c.hidden_size,
-        c.intermediate_size,
-        c.vocab_size,
-        c.num_attention_heads,
-        c.head_size,
-    )
+    h, f, v = c.hidden_size, c.intermediate_size, c.vocab_size
     t, p = rows * length, rows * predictions(length)
 
     def random(*shape: int) -> Tensor:
@@ -75,32 +74,33 @@ def works(
         x, w = random(m, k), random(n, k)
         return lambda: F.linear(x, w), 2 * m * k * n, m * k + k * n + m * n
 
-    q, k, u = (random(rows, heads, length, d) for _ in range(3))
+    heads = rows, c.num_attention_heads, length, c.head_size
+    q, k, u = (random(*heads) for _ in range(3))
     x, y, wide = random(t, h), random(t, h), random(t, f)
     weight, bias = random(h), random(h)
-    number = h * f
-    parameter = torch.nn.Parameter(torch.randn(number))
-    parameter.grad = torch.randn(number)
-    adam = torch.optim.AdamW([parameter], fused=True)
+    n = t * h
     found: dict[str, Work] = {
         "projection": product(t, h, h),
         "feed-forward": product(t, h, f),
         "words": product(p, h, v),
         "attention": (
             lambda: F.scaled_dot_product_attention(q, k, u),
-            4 * t * length * h,
-            4 * t * h,
+            4 * length * n,
+            4 * n,
         ),
         "LayerNorm": (
             lambda: F.layer_norm(x, (h,), weight, bias),
-            8 * t * h,
-            2 * t * h,
+            8 * n,
+            2 * n,
         ),
         "GELU": (lambda: F.gelu(wide), 5 * t * f, 2 * t * f),
-        "sum": (lambda: x + y, t * h, 3 * t * h),
+        "sum": (lambda: x + y, n, 3 * n),
     }
     if dtype == torch.float32:
-        found["AdamW"] = adam.step, 14 * number, 7 * number
+        parameter = torch.nn.Parameter(torch.randn(v * h))  # the word table
+        parameter.grad = torch.randn(v * h)
+        adam = torch.optim.AdamW([parameter], fused=True)
+        found["AdamW"] = adam.step, 14 * v * h, 7 * v * h
     return found
 
 
@@ -112,13 +112,18 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("size", choices=SIZES, nargs="?", default="mini")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument(
+        "--megabytes", type=int, default=1024, help="of the large copy"
+    )
     parser.add_argument("--square", type=int, default=2048)
     parser.add_argument(
         "--seconds", type=float, default=0.4, help="for each measurement"
     )
     parser.add_argument("--record", metavar="FILE")
     o = parser.parse_args(words)
-    found = ceilings(o.square, o.seconds)
+    hidden = SIZES[o.size][1]
+    vector = o.batch * o.length * hidden  # one vector a token
+    found = ceilings(o.square, o.megabytes, vector, o.seconds)
     print({name: f"{rate / 1e9:.0f} G/s" for name, rate in found.items()})
     kernels = []
     for dtype in (torch.float32, torch.bfloat16):

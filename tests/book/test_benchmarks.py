@@ -171,9 +171,15 @@ def test_the_pipeline_is_recorded(tmp_path: Path) -> None:
 def test_the_roofline_is_recorded(tmp_path: Path) -> None:
     record = tmp_path / "record.json"
     words = ["tiny", "--square", "64", "--seconds", "0.001"]
+    words += ["--megabytes", "1"]
     roofline.main([*words, "--record", str(record)])
     (found,) = read(record)
-    assert set(found["ceilings"]) == {"float32", "bfloat16", "copy_bytes"}
+    assert set(found["ceilings"]) == {
+        "float32",
+        "bfloat16",
+        "memory_bytes",
+        "cache_bytes",
+    }
     assert len(found["kernels"]) == 8 + 7
     products = {k["kernel"]: k for k in found["kernels"]}
     assert products["projection"]["flops"] == 2 * 8 * 128 * 32 * 32
