@@ -42,11 +42,12 @@ SMALL = BertConfig(
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Twenty short documents, each about one animal."""
+    """Twenty short documents, each about one animal, not of one length."""
     folder = tmp_path_factory.mktemp("corpus")
     for number in range(20):
         animal = ("cat", "dog", "owl", "fox")[number % 4]
-        lines = [f"The {animal} saw {n} birds on a tree." for n in range(9)]
+        birds = range(5 + number % 7)
+        lines = [f"The {animal} saw {n} birds on a tree." for n in birds]
         (folder / f"{number:02}.txt").write_text(" ".join(lines))
     return folder
 
@@ -310,6 +311,8 @@ def test_the_advice_names_numbers_that_fit(monkeypatch):
     assert "12 rows of sequence_length=24" in advice
     assert "parts=3 takes 8 rows at a time" in advice
     assert "sequence_length=12" in advice
+    advice = memory_advice(replace(run, batch_size=32), World(0, 1, cpu))
+    assert "parts=4 takes 8 rows at a time" in advice  # 3 does not divide 32
     advice = memory_advice(run, World(0, 4, cpu))  # 6 rows each, 3 at a time
     assert "3 rows of sequence_length=24" in advice
     assert "parts=3 takes 2 rows at a time" in advice
