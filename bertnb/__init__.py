@@ -223,7 +223,6 @@ if TYPE_CHECKING:
     from bertnb.runs import (
         CHECKPOINT,
         Checkpoints,
-        Item,
         StopRequest,
         World,
         locked,
@@ -310,7 +309,6 @@ _HOME = {
     "IGNORED": "configuration",
     "IGNORED_WEIGHTS": "folders",
     "IS_NEXT": "next_sentence",
-    "Item": "runs",
     "Job": "shards",
     "LABELS": "optimization",
     "LayerNorm": "layers",
@@ -525,7 +523,6 @@ __all__ = [
     "IGNORED",
     "IGNORED_WEIGHTS",
     "IS_NEXT",
-    "Item",
     "Job",
     "LABELS",
     "LayerNorm",

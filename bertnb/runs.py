@@ -30,7 +30,6 @@ __all__ = [
     "CHECKPOINT",
     "locked",
     "StopRequest",
-    "Item",
     "prefetch",
     "World",
 ]
@@ -207,12 +206,12 @@ class StopRequest:
 
 
 # %% Batches made ahead
-Item = TypeVar("Item")
+_Item = TypeVar("_Item")
 
 
 def prefetch(
-    make: Callable[[int], Item], steps: Iterable[int], depth: int = 2
-) -> Iterator[Item]:
+    make: Callable[[int], _Item], steps: Iterable[int], depth: int = 2
+) -> Iterator[_Item]:
     """Give `make(step)` for each step, made by a thread, `depth` ahead.
 
     What the thread raises is raised here, in its turn. The thread ends with
