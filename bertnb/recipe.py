@@ -392,8 +392,8 @@ def memory_advice(config: PretrainConfig, world: World) -> str:
     more = [p for p in range(config.parts + 1, mine + 1) if mine % p == 0]
     if more:
         text += (
-            f". parts={more[0]} takes {mine // more[0]} rows at a time, with "
-            "the same result"
+            f". parts={more[0]} takes {mine // more[0]} rows at a time, for "
+            "the same gradient; begin in another output_dir"
         )
     half = config.sequence_length // 2
     return f"{text}. sequence_length={half} halves a row, with another result"

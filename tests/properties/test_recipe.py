@@ -310,6 +310,7 @@ def test_the_advice_names_numbers_that_fit(monkeypatch):
     advice = memory_advice(run, World(0, 1, cpu))
     assert "12 rows of sequence_length=24" in advice
     assert "parts=3 takes 8 rows at a time" in advice
+    assert "another output_dir" in advice  # `parts` binds the run in this one
     assert "sequence_length=12" in advice
     advice = memory_advice(replace(run, batch_size=32), World(0, 1, cpu))
     assert "parts=4 takes 8 rows at a time" in advice  # 3 does not divide 32
