@@ -3,6 +3,7 @@
 Written by tools/extract.py from notebooks/17_classification.md: edit that notebook, not this file.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,7 @@ class ClassifierOutput:
     losses: dict[str, Tensor] | None = None  # the loss under "labels"
 
 
-class BertClassifier(PretrainedModel):
+class BertClassifier(PretrainedModel, ABC):
     """An encoder, dropout and a linear head that scores named classes.
 
     A subclass says what the head reads, `pooled`, and its `loss`.
@@ -124,9 +125,9 @@ class BertClassifier(PretrainedModel):
             "label2id": {name: i for i, name in enumerate(self.label_names)},
         }
 
+    @abstractmethod
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return how wrong the scores (..., C) are."""
-        raise NotImplementedError
 
     def forward(
         self,

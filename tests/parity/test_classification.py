@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from bertnb import (
+    BertClassifier,
     BertConfig,
     BertForPreTraining,
     BertForSequenceClassification,
@@ -168,3 +169,8 @@ def test_bad_labels_are_named():
         model(ids, mask, segments, labels=torch.tensor([0, 1, 2, 3]))
     with pytest.raises(ValueError, match=r"num_labels=2.*labels names 3"):
         BertForSequenceClassification(TINY, 2, labels=["a", "b", "c"])
+
+
+def test_a_classifier_without_its_own_loss_cannot_be_built():
+    with pytest.raises(TypeError, match="abstract"):
+        BertClassifier(TINY)
