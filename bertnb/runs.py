@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
@@ -19,6 +20,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from bertnb.configuration import BertnbError
@@ -280,7 +283,8 @@ class World:
             torch.cuda.set_device(chosen)
         mine = not dist.is_initialized()
         if mine:
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+            backend = "nccl" if chosen.type == "cuda" else "gloo"
+            dist.init_process_group(backend, **_meeting_place())
         try:
             yield cls(dist.get_rank(), dist.get_world_size(), chosen)
         finally:
@@ -306,3 +310,21 @@ class World:
         items: list[Any] = [None] * self.size
         dist.all_gather_object(items, item)
         return items
+
+
+_GROUPS = count()  # that this process has made
+
+
+def _meeting_place() -> dict[str, Any]:
+    """Return where a new group finds its members: a shelf of its own.
+
+    The list of addresses that torchrun keeps outlives groups and restarts, and
+    whoever reads an old one calls a process that is gone (pytorch 167288).
+    """
+    there = os.environ
+    if there.get("LOCAL_WORLD_SIZE") != there["WORLD_SIZE"]:
+        return {}  # each machine counts its own restarts
+    store, rank, size = next(iter(rendezvous("env://")))
+    attempt = there.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shelf = PrefixStore(f"{attempt}/{next(_GROUPS)}", store)
+    return {"store": shelf, "rank": rank, "world_size": size}

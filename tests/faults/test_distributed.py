@@ -51,12 +51,7 @@ LONG = replace(
     eval_every=20,
     save_every=2,
 )
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    # else, after a restart, a process may find the address of a dead one:
-    # pytorch issue 167288
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 DOCUMENTS = [[[10 + d] * 7 for _ in range(9)] for d in range(11)]
 
 
@@ -346,3 +341,25 @@ def test_a_run_outlives_each_of_its_processes(calm):
     )
     for name, tensor in undisturbed.items():
         assert survivor[name].equal(tensor), name
+
+
+JOINS = """
+from bertnb import World
+
+attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+for turn in range(3):
+    with World.join("cpu") as world:
+        if attempt + rank == 1 and turn == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        met = world.gather((world.rank, turn, attempt))
+        assert met == [(0, turn, attempt), (1, turn, attempt)]
+        print(f"rank {rank}, attempt {attempt}, turn {turn}", flush=True)
+"""
+
+
+def test_a_group_never_calls_those_of_an_earlier_one(tmp_path):
+    """Groups one after the other, and after each process has died once."""
+    printed = torchrun(tmp_path, WORKER + JOINS, "--max-restarts=2")
+    for rank in (0, 1):
+        for turn in range(3):
+            assert f"rank {rank}, attempt 2, turn {turn}" in printed
