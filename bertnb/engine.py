@@ -133,11 +133,10 @@ class PretrainingRun:
         network: nn.Module = self.model
         left = range(self.done, config.total_steps)
         if config.compile and left:
+            rows = config.batch_size // self.world.size // config.parts
+            batch = {k: t[:rows] for k, t in self.batch(self.done).items()}
             network = probe_compile(
-                network,
-                self.batch(self.done),
-                self.world.device,
-                self.precision,
+                network, batch, self.world.device, self.precision
             )
         skipped = torch.zeros((), device=self.world.device)
         for report in train(

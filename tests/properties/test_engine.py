@@ -220,7 +220,10 @@ def test_precision_auto_is_what_the_device_does_faster(config):
     assert run.precision == pick_precision(torch.device("cpu"))
 
 
-def test_compiling_is_tried_with_the_first_batch(config, monkeypatch):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_compiling_is_tried_with_the_shape_of_a_part(
+    config, monkeypatch, parts
+):
     tried = []
 
     def probe(model, batch, device, precision):
@@ -228,8 +231,8 @@ def test_compiling_is_tried_with_the_first_batch(config, monkeypatch):
         return model
 
     monkeypatch.setattr(engine, "probe_compile", probe)
-    run_of(config, compile=True)
-    assert tried == [((4, 24), "cpu", torch.float32)]
+    run_of(config, compile=True, parts=parts)
+    assert tried == [((4 // parts, 24), "cpu", torch.float32)]
 
 
 # the same result
