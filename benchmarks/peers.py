@@ -8,7 +8,6 @@ where no row has padding.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -39,7 +38,7 @@ from torch import Tensor
 from bertnb.configuration import BertConfig
 from bertnb.masked_lm import IGNORE, mask_tokens
 from bertnb.next_sentence import Pair
-from bertnb.optimization import adamw
+from bertnb.optimization import adamw, autocast
 from bertnb.pretraining import BertForPreTraining
 from bertnb.rows import (
     collate_rows,
@@ -219,12 +218,6 @@ def packed(
 
 
 # %% The gate
-def autocast(device: torch.device, precision: torch.dtype) -> Any:
-    if precision == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, precision)
-
-
 def losses(
     model: torch.nn.Module,
     batch: Batch,

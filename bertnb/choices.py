@@ -21,7 +21,13 @@ from bertnb.data import load_sotu
 from bertnb.engine import PretrainResult
 from bertnb.inference import evaluating
 from bertnb.next_sentence import accuracy_interval
-from bertnb.optimization import adamw, pick_device, pick_precision, train
+from bertnb.optimization import (
+    adamw,
+    autocast,
+    pick_device,
+    pick_precision,
+    train,
+)
 from bertnb.pretraining import BertForPreTraining
 from bertnb.recipe import PretrainConfig, load_corpus
 from bertnb.shards import Shards
@@ -267,15 +273,12 @@ def measure_speed(
     steps = train(
         model, adamw(model), repeat(batch), lambda _: 1e-4, precision=precision
     )
-    cast = torch.autocast(
-        place.type, precision, enabled=precision != torch.float32
-    )
 
     def learn() -> None:
         float(next(steps).loss)  # waits for the device
 
     def read() -> None:
-        with evaluating(model), cast:
+        with evaluating(model), autocast(place, precision):
             model.bert(ids).last_hidden_state.sum().item()
 
     for name, work in (("training", learn), ("reading", read)):
