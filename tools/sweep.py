@@ -145,6 +145,9 @@ def plan(part: str) -> list[Run]:
         for rate in (1e-3, 3e-3, 6e-3):
             common = Run(f"lr {rate}", part, learning_rate=rate, rate=0.45)
             runs += seeds(replace(common, steps=2500))
+    elif part == "vocabulary":  # 4096 is "lr 0.003" in "rates"
+        common = Run("V 2048", part, vocabulary=2048, rate=0.45, steps=2500)
+        runs += seeds(common)
     elif part == "anneal":  # the constant rates are in "plateau"
         for first in (0.3, 0.45):
             name = f"rate {first:.0%} to 15%"
