@@ -1,0 +1,290 @@
+"""Sets by name.
+
+Written by tools/extract.py from notebooks/16_named_sets.md: edit that notebook, not this file.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bertnb.configuration import BertnbError
+from bertnb.examples import (
+    QuestionExample,
+    TextExample,
+    TokenExample,
+    read_articles,
+    read_questions,
+    read_texts,
+    read_tokens,
+    span_tags,
+    squad_question,
+    to_iob2,
+)
+
+__all__ = ["load_examples"]
+
+
+# %% Load
+_SENTIMENT = ("negative", "positive")
+_INFERENCE = ("entailment", "neutral", "contradiction")
+_WNUT = (
+    "corporation",
+    "creative-work",
+    "group",
+    "location",
+    "person",
+    "product",
+)
+_WNUT_TAGS = ("O", *(f"{b}-{kind}" for kind in _WNUT for b in "BI"))
+
+
+class _Set(NamedTuple):
+    """Where a set is, and how it becomes examples."""
+
+    files: dict[str, str]  # split -> its file in the folder BERTNB_DATA
+    read: Callable[[Path, str], list[Any]]  # such a file, and its split
+    hub: tuple[str, str | None, str | None] | None  # dataset, config, revision
+    splits: tuple[str, ...] = ()  # that the dataset has
+    row: Callable[[dict[str, Any]], Any] = dict  # makes an example of its row
+
+
+def _file_sentiment(column: str, path: Path, split: str) -> list[TextExample]:
+    examples = read_texts(path, column)
+    names = dict(zip("01", _SENTIMENT, strict=True))
+    return [replace(e, label=names[str(e.label)]) for e in examples]
+
+
+def _file_stsb(path: Path, split: str) -> list[TextExample]:
+    if split != "test":
+        return read_texts(path, "sentence1", "score", "sentence2", numbers=True)
+    lines = path.read_text("utf-8").rstrip("\n").split("\n")  # no header
+    rows = [line.split("\t") for line in lines]
+    return [TextExample(row[5], float(row[4]), row[6]) for row in rows]
+
+
+def _file_wikigold(path: Path, split: str) -> list[TokenExample]:
+    sentences = read_articles(path, None)
+    train = split == "train"  # 116 of its 145 articles
+    return [s for article, s in sentences if (article < 116) == train]
+
+
+def _file_tokens(path: Path, split: str) -> list[TokenExample]:
+    return read_tokens(path)
+
+
+def _file_questions(path: Path, split: str) -> list[QuestionExample]:
+    return read_questions(path)
+
+
+def _row_text(
+    names: Sequence[str], columns: Sequence[str], row: dict[str, Any]
+) -> TextExample | None:
+    """Make an example of a row; none of one whose label is not known."""
+    text, label, *pair = columns
+    if row[label] == -1:
+        return None
+    known = names[row[label]] if names else 5.0 * row[label]
+    return TextExample(row[text], known, row[pair[0]] if pair else None)
+
+
+def _row_tokens(row: dict[str, Any]) -> TokenExample:
+    tags = to_iob2([_WNUT_TAGS[number] for number in row["ner_tags"]])
+    return TokenExample(tuple(row["tokens"]), tags)
+
+
+def _row_spans(row: dict[str, Any]) -> TokenExample:
+    label: dict[str, Any] = {}
+    for e in row["entities"]:
+        place = [e["start_offset"], e["end_offset"] - 1]
+        label.setdefault(e["label"], {}).setdefault(e["entity"], []).append(
+            place
+        )
+    tags = span_tags(row["text"], label, row["text"])
+    return TokenExample(tuple(row["text"]), tags)
+
+
+def _row_question(row: dict[str, Any]) -> QuestionExample:
+    found = row["answers"]
+    pairs = zip(found["text"], found["answer_start"], strict=True)
+    answers = [{"text": text, "answer_start": start} for text, start in pairs]
+    return squad_question({**row, "answers": answers}, row["context"])
+
+
+def _questions(
+    files: dict[str, str], hub: str, config: str | None, *splits: str
+) -> _Set:
+    found = (hub, config, None)
+    return _Set(files, _file_questions, found, splits, _row_question)
+
+
+_THREE = ("train", "validation", "test")
+_SETS = {
+    "sst2": _Set(
+        {"train": "sst2/train.tsv", "validation": "sst2/dev.tsv"},
+        partial(_file_sentiment, "sentence"),
+        ("stanfordnlp/sst2", None, None),
+        _THREE[:2],
+        partial(_row_text, _SENTIMENT, ("sentence", "label")),
+    ),
+    "chnsenticorp": _Set(
+        {
+            "train": "zh/chnsenticorp/train.tsv",
+            "validation": "zh/chnsenticorp/dev.tsv",
+            "test": "zh/chnsenticorp/test.tsv",
+        },
+        partial(_file_sentiment, "text_a"),
+        ("lansinuote/ChnSentiCorp", None, None),
+        _THREE,
+        partial(_row_text, _SENTIMENT, ("text", "label")),
+    ),
+    "stsb": _Set(
+        {
+            "train": "stsb/train.tsv",
+            "validation": "stsb/dev.tsv",
+            "test": "stsb/sts-test_gold.tsv",
+        },
+        _file_stsb,
+        ("sentence-transformers/stsb", None, None),  # its scores are 0 to 1
+        _THREE,
+        partial(_row_text, (), ("sentence1", "score", "sentence2")),
+    ),
+    "snli": _Set(
+        {},
+        _file_tokens,
+        ("stanfordnlp/snli", None, None),
+        _THREE,
+        partial(_row_text, _INFERENCE, ("premise", "label", "hypothesis")),
+    ),
+    "mnli": _Set(
+        {},
+        _file_tokens,
+        ("nyu-mll/glue", "mnli", None),
+        ("train", "validation_matched", "validation_mismatched"),
+        partial(_row_text, _INFERENCE, ("premise", "label", "hypothesis")),
+    ),
+    "wnut17": _Set(
+        {
+            "train": "wnut17/wnut17train.conll",
+            "validation": "wnut17/emerging.dev.conll",
+            "test": "wnut17/emerging.test.annotated",
+        },
+        _file_tokens,
+        # the dataset is a program, which is not run; this is its conversion
+        ("leondz/wnut_17", None, "refs/convert/parquet"),
+        _THREE,
+        _row_tokens,
+    ),
+    "wikigold": _Set(
+        dict.fromkeys(("train", "test"), "wikigold/wikigold.conll.txt"),
+        _file_wikigold,
+        None,  # on the hub it has lost its articles
+    ),
+    "cluener": _Set(
+        {
+            "train": "zh/cluener/train.json",
+            "validation": "zh/cluener/dev.json",
+        },
+        _file_tokens,
+        ("xusenlin/clue-ner", None, None),
+        _THREE[:2],
+        _row_spans,
+    ),
+    "squad": _questions(
+        {"train": "squad/train-40-articles.json.gz"},
+        "rajpurkar/squad",
+        None,
+        *_THREE[:2],
+    ),
+    "squad_v2": _questions({}, "rajpurkar/squad_v2", None, *_THREE[:2]),
+    "xquad.en": _questions(
+        {"validation": "xquad/xquad.en.json"},
+        "google/xquad",
+        "xquad.en",
+        "validation",
+    ),
+    "xquad.zh": _questions(
+        {"validation": "xquad/xquad.zh.json"},
+        "google/xquad",
+        "xquad.zh",
+        "validation",
+    ),
+    "drcd": _questions(
+        {
+            "validation": "zh/drcd/DRCD_dev.json",
+            "test": "zh/drcd/DRCD_test.json",
+        },
+        "clue/clue",
+        "drcd",
+        *_THREE,
+    ),
+}
+
+
+def load_examples(name: str, split: str) -> list[Any]:
+    """Return a standard set, from the folder BERTNB_DATA or from the hub.
+
+    Args:
+        name: "sst2", "chnsenticorp" (sentiment: "negative", "positive"),
+            "stsb" (similarity, 0 to 5), "snli", "mnli" (inference), "wnut17",
+            "wikigold", "cluener" (entities), "squad", "squad_v2", "xquad.en",
+            "xquad.zh", "drcd" (questions).
+        split: "train", "validation" or "test", as far as the set has them;
+            of "mnli" "validation_matched" and "validation_mismatched".
+
+    Returns:
+        list of TextExample, TokenExample or QuestionExample. In the folder
+        "squad" is the first 40 articles, on the hub all of them.
+
+    Raises:
+        ValueError: there is no such set, or it has no such split.
+        BertnbError: it is not in the folder, and cannot be loaded from the
+            hub; or a row is bad.
+    """
+    if name not in _SETS:
+        raise ValueError(f"name={name!r}: expected one of {', '.join(_SETS)}")
+    found = _SETS[name]
+    if split not in (splits := {*found.files, *found.splits}):
+        known = ", ".join(sorted(splits))
+        raise ValueError(f"split={split!r}: {name} has {known}")
+    folder = os.environ.get("BERTNB_DATA")
+    if folder and split in found.files:
+        path = Path(folder, found.files[split])
+        if path.is_file():
+            return found.read(path, split)
+    return _from_hub(name, found, split)
+
+
+def _from_hub(name: str, found: _Set, split: str) -> list[Any]:
+    where = f"{name}, split {split}"
+    remedy = (
+        f"put {found.files[split]} into the folder that the variable BERTNB_DATA names"
+        if split in found.files
+        else "it needs the network"
+    )
+    if found.hub is None or split not in found.splits:
+        raise BertnbError(f"{where} is not on the hub: {remedy}")
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError as error:
+        raise BertnbError(
+            f'{where}: pip install "bertnb[data]", or {remedy}'
+        ) from error
+    hub, config, revision = found.hub
+    try:
+        rows = load_dataset(hub, config, split=split, revision=revision)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise BertnbError(
+            f"{where}: {hub} cannot be loaded ({error}): {remedy}"
+        ) from error
+    examples = []
+    for number, row in enumerate(rows):
+        try:
+            examples.append(found.row(row))
+        except (LookupError, TypeError, ValueError) as error:
+            raise BertnbError(
+                f"{hub}, {split}, row {number}: {error!r}"
+            ) from error
+    return [example for example in examples if example is not None]
