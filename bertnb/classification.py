@@ -4,9 +4,11 @@ Written by tools/extract.py from notebooks/17_classification.md: edit that noteb
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ from bertnb.masked_lm import mean_cross_entropy
 
 __all__ = [
     "classification_loss",
+    "class_weights",
     "ClassifierOutput",
     "BertClassifier",
     "BertForSequenceClassification",
@@ -25,26 +28,74 @@ __all__ = [
 
 
 # %% The code
-def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def classification_loss(
+    logits: Tensor, labels: Tensor, weights: Tensor | None = None
+) -> Tensor:
     """Return the mean of -log P(label), (17.2); with one column, squared error.
 
     Args:
         logits: (B, C) floats.
         labels: int64 (B,), 0 to C - 1, or -100 for rows that do not count;
             floats (B,) or (B, 1) if C is 1.
+        weights: floats (C,), what the terms of each class are multiplied by,
+            (17.3), without a change of what they are divided by.
 
     Raises:
         TypeError: labels of classes are not int64.
         ValueError: a shape is wrong, or a label lies outside the classes.
     """
     if logits.shape[-1] > 1:
-        return mean_cross_entropy(logits, labels, "labels")
+        return mean_cross_entropy(logits, labels, "labels", weights)
     if labels.shape not in (logits.shape, logits.shape[:1]):
         raise ValueError(
             f"labels has shape {tuple(labels.shape)}; expected "
             f"{tuple(logits.shape[:1])}, one number a row"
         )
     return F.mse_loss(logits.flatten().float(), labels.flatten().float())
+
+
+def class_weights(
+    labels: Sequence[int],
+    names: Sequence[str],
+    weights: str | Mapping[str, float] = "balanced",
+) -> Tensor:
+    """Return the weights of the classes, float32 (C,), of mean 1 over the
+    labels, (17.4).
+
+    Args:
+        labels: the numbers of the training examples' classes, 0 to C - 1.
+        names: of the C classes.
+        weights: "balanced", (17.5), or each name's weight before scaling.
+
+    Raises:
+        ValueError: there is no label; names are missing or unknown; a weight
+            is negative or not finite, or all that count are 0; or a class to
+            be balanced has no example.
+    """
+    counts = torch.tensor(labels, dtype=torch.int64).bincount(
+        minlength=len(names)
+    )
+    if weights == "balanced":
+        if 0 in counts:
+            raise ValueError(
+                f"class_weights='balanced', but {names[int(counts.argmin())]!r}"
+                " has no training example: leave it out of the labels"
+            )
+        wanted = 1 / counts.double()  # (17.5)
+    elif isinstance(weights, str) or set(weights) != set(names):
+        raise ValueError(
+            f"class_weights={weights!r}; expected 'balanced' or one weight "
+            f"for each of {', '.join(names)}"
+        )
+    else:
+        wanted = torch.tensor([float(weights[name]) for name in names]).double()
+    total = (counts * wanted).sum()
+    if not (wanted.isfinite().all() and wanted.min() >= 0 and total > 0):
+        raise ValueError(
+            f"class_weights={weights!r}; expected finite weights >= 0, and "
+            "one above 0 for a class with training examples"
+        )
+    return (counts.sum() * wanted / total).float()
 
 
 @dataclass
@@ -73,6 +124,7 @@ class BertClassifier(PretrainedModel, ABC):
     """
 
     pooled: bool  # the head reads the pooled [CLS]; False: every token
+    class_weights: Tensor | None  # floats (C,), for the loss; never saved
 
     def __init__(
         self,
@@ -93,6 +145,7 @@ class BertClassifier(PretrainedModel, ABC):
         self.bert = BertModel(config, add_pooling_layer=self.pooled)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.register_buffer("class_weights", None, persistent=False)
         initialize(self.classifier, config.initializer_range)
 
     @classmethod
@@ -175,5 +228,5 @@ class BertForSequenceClassification(BertClassifier):
     pooled = True
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return `classification_loss`, (17.2)."""
-        return classification_loss(logits, labels)
+        """Return `classification_loss`, (17.2), with the `class_weights`."""
+        return classification_loss(logits, labels, self.class_weights)

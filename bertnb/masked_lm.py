@@ -283,12 +283,15 @@ def masked_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return mean_cross_entropy(logits, targets, "targets")
 
 
-def mean_cross_entropy(logits: Tensor, targets: Tensor, name: str) -> Tensor:
+def mean_cross_entropy(
+    logits: Tensor, targets: Tensor, name: str, weights: Tensor | None = None
+) -> Tensor:
     """Return (8.5) for any classes, not only words; `name` is what an error calls the targets.
 
     Args:
         logits: (..., C) floats, the scores of C classes.
         targets: int64 (...), 0 to C - 1, or -100 for what does not count.
+        weights: (C) floats, what each term is multiplied by, by its class; the number of the terms is what it was.
 
     Raises:
         TypeError: the targets are not int64.
@@ -304,6 +307,7 @@ def mean_cross_entropy(logits: Tensor, targets: Tensor, name: str) -> Tensor:
     total = F.cross_entropy(
         logits.flatten(0, -2),
         targets.flatten(),
+        None if weights is None else weights.to(logits.dtype),
         ignore_index=IGNORE,
         reduction="sum",
     )
