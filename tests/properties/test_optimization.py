@@ -37,7 +37,7 @@ from bertnb.optimization import (
     warmup_constant,
 )
 from bertnb.pretraining import BertForPreTraining
-from bertnb.question_answering import BertForQuestionAnswering
+from bertnb.answer_spans import BertForQuestionAnswering
 
 CONFIG = BertConfig(
     vocab_size=20,
