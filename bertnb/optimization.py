@@ -38,18 +38,31 @@ __all__ = [
 
 # %% The two groups
 def parameter_groups(
-    model: nn.Module, weight_decay: float = 0.01
-) -> list[dict[str, object]]:
+    model: nn.Module,
+    weight_decay: float = 0.01,
+    factor: Callable[[str], float] | None = None,
+) -> list[dict[str, Any]]:
     """Return AdamW's two groups, for (11.6): matrices and embeddings decay,
-    biases and LayerNorm weights do not."""
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
+    biases and LayerNorm weights do not. Parameters without gradient are left
+    out.
+
+    Args:
+        factor: of the learning rate, by a parameter's name; each value makes
+            groups of its own. None: 1 for all.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        exempt = name.endswith("bias") or "norm" in name.lower()
-        (no_decay if exempt else decay).append(parameter)
+        if parameter.requires_grad:
+            exempt = name.endswith("bias") or "norm" in name.lower()
+            kind = exempt, 1.0 if factor is None else factor(name)
+            groups.setdefault(kind, []).append(parameter)
     return [
-        {"params": decay, "weight_decay": weight_decay},
-        {"params": no_decay, "weight_decay": 0.0},
+        {
+            "params": groups[exempt, rate],
+            "weight_decay": 0.0 if exempt else weight_decay,
+            "factor": rate,
+        }
+        for exempt, rate in sorted(groups)
     ]
 
 
@@ -59,6 +72,7 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-6,
     bias_correction: bool = True,
+    factor: Callable[[str], float] | None = None,
 ) -> torch.optim.AdamW:
     """Return PyTorch's fused AdamW, (11.6), on the two groups, with the
     original's constants; `train` sets the learning rate.
@@ -67,13 +81,14 @@ def adamw(
         model: on the device where it will be trained.
         bias_correction: False is the original's Adam, (11.9): the counter of
             the steps begins at 2**23, where beta**t is 0.
+        factor: of the learning rate, as in `parameter_groups`.
     """
-    groups = parameter_groups(model, weight_decay)
+    groups = parameter_groups(model, weight_decay, factor)
     optimizer = torch.optim.AdamW(
         groups, lr=0.0, betas=betas, eps=eps, fused=True
     )
     if not bias_correction:
-        for p in model.parameters():
+        for p in (p for group in groups for p in group["params"]):
             optimizer.state[p] = {
                 # a float32 counts in ones as far as 2**24
                 "step": torch.full((), 2.0**23, device=p.device),
@@ -84,9 +99,9 @@ def adamw(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of every group."""
+    """Set the learning rate of every group, times the group's factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("factor", 1.0)
 
 
 # %% Warm-up and decay, by name

@@ -317,8 +317,9 @@ def cut_documents(
 
 
 # %% What a record says of its run
-def run_facts(config: PretrainConfig, processes: int = 1) -> dict[str, Any]:
-    """Return a record's first line: configuration, hardware, versions, commit."""
+def run_facts(config: Any, processes: int = 1) -> dict[str, Any]:
+    """Return a record's first line: the configuration (a dataclass), hardware,
+    versions, commit."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text() if cpuinfo.exists() else ""
     cpu = re.search(r"model name\s*: (.+)", lines)
