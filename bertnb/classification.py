@@ -3,6 +3,7 @@
 Written by tools/extract.py from notebooks/17_classification.md: edit that notebook, not this file.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bertnb.configuration import BertConfig
+from bertnb.configuration import BertConfig, BertnbError
 from bertnb.encoder import BertModel
+from bertnb.examples import TextExample
+from bertnb.fine_tuning import Row, Task
 from bertnb.folders import PretrainedModel
 from bertnb.layers import initialize
 from bertnb.masked_lm import mean_cross_entropy
+from bertnb.tokenization import WordPieceTokenizer
 
 __all__ = [
     "classification_loss",
@@ -24,6 +28,10 @@ __all__ = [
     "ClassifierOutput",
     "BertClassifier",
     "BertForSequenceClassification",
+    "text_rows",
+    "METRICS",
+    "SequenceClassification",
+    "check_finite",
 ]
 
 
@@ -230,3 +238,230 @@ class BertForSequenceClassification(BertClassifier):
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return `classification_loss`, (17.2), with the `class_weights`."""
         return classification_loss(logits, labels, self.class_weights)
+
+
+# %% From texts to rows, and from scores to names
+def text_rows(
+    examples: Sequence[TextExample],
+    targets: Sequence[int | float | None],
+    tokenizer: WordPieceTokenizer,
+    max_length: int,
+) -> list[Row]:
+    """Return a row for each text or pair, (7.6), with its target if it has
+    one, as "labels".
+
+    A text without a token, such as an empty one, is a row of [CLS] and [SEP].
+    A warning says how many rows were cut to `max_length` tokens.
+
+    Raises:
+        ValueError: some examples have a `text_pair`, and some have none.
+    """
+    if not len(examples):
+        return []
+    texts = [example.text for example in examples]
+    seconds = [e.text_pair for e in examples if e.text_pair is not None]
+    if len(seconds) not in (0, len(texts)):
+        pairs = [e.text_pair is not None for e in examples]
+        odd = pairs.index(not pairs[0])
+        raise ValueError(
+            f"example 0 has {'a' if pairs[0] else 'no'} text_pair, example "
+            f"{odd} has {'none' if pairs[0] else 'one'}: give all or none one"
+        )
+
+    def encode(chosen: Sequence[int], longest: int | None) -> list[Row]:
+        found = tokenizer(
+            [texts[i] for i in chosen],
+            [seconds[i] for i in chosen] if seconds else None,
+            max_length=longest,
+            padding=False,
+            return_tensors=None,
+        )
+        columns = found["input_ids"], found["token_type_ids"]
+        return [
+            Row(
+                i,
+                ids,
+                kinds,
+                {} if targets[i] is None else {"labels": targets[i]},
+            )
+            for i, ids, kinds in zip(chosen, *columns, strict=True)
+        ]
+
+    rows = encode(range(len(texts)), None)
+    long = [row.example for row in rows if len(row.input_ids) > max_length]
+    if long:
+        warnings.warn(
+            f"{len(long)} of {len(rows)} rows are longer than "
+            f"max_length={max_length} tokens: their ends were cut off",
+            stacklevel=2,
+        )
+        for row in encode(long, max_length):
+            rows[row.example] = row
+    return rows
+
+
+METRICS = ("accuracy", "macro_f1", "matthews")
+
+
+def _other_score(name: str, truth: list[str], answers: list[str]) -> float:
+    """Return the macro F1, (17.6), or Matthews' correlation, (17.7)."""
+    try:
+        from sklearn.metrics import f1_score, matthews_corrcoef
+    except ImportError as error:
+        raise BertnbError(
+            f'metric={name!r} needs scikit-learn: pip install "bertnb[train]"'
+        ) from error
+    if name == "macro_f1":
+        return float(f1_score(truth, answers, average="macro", zero_division=0))
+    return float(matthews_corrcoef(truth, answers))
+
+
+@dataclass(frozen=True)
+class SequenceClassification(Task):
+    """One class for each text or pair of texts.
+
+    An answer is {"label": name, "score": its probability, "scores": {name:
+    probability}}, (17.1). Texts that are too long lose their end, with a
+    warning; of a text without a token the model sees only [CLS] and [SEP].
+
+    Args:
+        training, validation: examples; their labels must be in `labels`.
+        labels: the names of the classes; None: those of `training`, sorted.
+            For a trained model: `model.label_names`.
+        class_weights: None, "balanced", or a weight for each name, (17.4).
+        metric: "accuracy", "macro_f1", (17.6), or "matthews", (17.7).
+
+    Raises:
+        TypeError: a training example's label is no name.
+        ValueError: `metric` is unknown, or there are fewer than two classes,
+            or one is named twice.
+    """
+
+    training: Sequence[TextExample] = ()
+    validation: Sequence[TextExample] = ()
+    labels: Sequence[str] | None = None
+    class_weights: str | Mapping[str, float] | None = None
+    metric: str = "accuracy"
+
+    model_class = BertForSequenceClassification
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ValueError(
+                f"metric={self.metric!r}: expected one of {', '.join(METRICS)}"
+            )
+        for number, example in enumerate(self.training):
+            if not isinstance(example.label, str | None):
+                raise TypeError(
+                    f"training example {number} has the label "
+                    f"{example.label!r}; expected the name of a class "
+                    "(SequenceRegression learns numbers)"
+                )
+        found = {e.label for e in self.training if isinstance(e.label, str)}
+        names = sorted(found) if self.labels is None else self.labels
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise ValueError(
+                f"labels={list(names)}: expected two classes or more, each "
+                "once, from `labels` or from the training examples"
+            )
+        object.__setattr__(self, "labels", tuple(names))
+
+    def head_arguments(self) -> dict[str, Any]:
+        """Return the names of the classes."""
+        return {"labels": list(self.labels or ())}
+
+    def prepare(self, model: BertForSequenceClassification) -> None:
+        """Check the model's classes, and give it the class weights.
+
+        Raises:
+            ValueError: its `label_names` are others, or the weights do not
+                fit, see `class_weights`.
+        """
+        super().prepare(model)
+        model.class_weights = None
+        if self.class_weights is not None and len(self.training):
+            known = [i for i in self._classes(self.training) if i is not None]
+            names = list(self.labels or ())
+            weights = class_weights(known, names, self.class_weights)
+            model.class_weights = weights.to(model.classifier.weight.device)
+
+    def _classes(self, examples: Sequence[TextExample]) -> list[int | None]:
+        """Return the number of each example's class, None where unknown."""
+        numbers: dict[Any, int] = {
+            name: i for i, name in enumerate(self.labels or ())
+        }
+        for number, example in enumerate(examples):
+            if example.label is not None and example.label not in numbers:
+                raise ValueError(
+                    f"example {number} has the label {example.label!r}; "
+                    f"expected one of {', '.join(numbers)}"
+                )
+        return [None if e.label is None else numbers[e.label] for e in examples]
+
+    def rows(
+        self,
+        examples: Sequence[TextExample],
+        tokenizer: WordPieceTokenizer,
+        max_length: int,
+    ) -> list[Row]:
+        """Return a row for each example, see `text_rows`.
+
+        Raises:
+            ValueError: a label is not in `labels`, or only some examples have
+                a `text_pair`.
+        """
+        classes = self._classes(examples)
+        return text_rows(examples, classes, tokenizer, max_length)
+
+    def decode(
+        self,
+        examples: Sequence[TextExample],
+        rows: Sequence[Row],
+        logits: Sequence[Tensor],
+    ) -> list[dict[str, Any]]:
+        """Return label and probabilities of each text, see the class.
+
+        Raises:
+            ValueError: a row's scores are not finite.
+        """
+        answers = []
+        for row, scores in zip(rows, logits, strict=True):
+            check_finite(row, scores)
+            p = scores.softmax(-1).tolist()  # (17.1)
+            named = dict(zip(self.labels or (), p, strict=True))
+            label = max(named, key=named.__getitem__)
+            answers.append(
+                {"label": label, "score": named[label], "scores": named}
+            )
+        return answers
+
+    def score(
+        self, examples: Sequence[TextExample], answers: Sequence[dict[str, Any]]
+    ) -> dict[str, float]:
+        """Return the accuracy, and the metric if it is another.
+
+        Raises:
+            BertnbError: the metric needs scikit-learn, which is not there.
+            ValueError: an example has no label, or one that is not in
+                `labels`.
+        """
+        if None in (classes := self._classes(examples)):
+            raise ValueError(
+                f"example {classes.index(None)} has no label: nothing to "
+                "compare its answer with"
+            )
+        truth = [str(example.label) for example in examples]
+        found = [answer["label"] for answer in answers]
+        pairs = list(zip(truth, found, strict=True))
+        scores = {"accuracy": sum(t == a for t, a in pairs) / len(pairs)}
+        if self.metric != "accuracy":
+            scores[self.metric] = _other_score(self.metric, truth, found)
+        return scores
+
+
+def check_finite(row: Row, scores: Tensor) -> None:
+    """Raise a ValueError that names the example whose scores are not finite."""
+    if not scores.isfinite().all():
+        raise ValueError(
+            f"example {row.example}: the model's scores are {scores.tolist()}"
+        )

@@ -6,14 +6,19 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from bertnb import (
     BertClassifier,
     BertConfig,
     BertForPreTraining,
     BertForSequenceClassification,
+    SequenceClassification,
+    SequenceRegression,
+    TextExample,
+    WordPieceTokenizer,
     classification_loss,
+    predict,
 )
 
 TINY = BertConfig(
@@ -174,3 +179,81 @@ def test_bad_labels_are_named():
 def test_a_classifier_without_its_own_loss_cannot_be_built():
     with pytest.raises(TypeError, match="abstract"):
         BertClassifier(TINY)
+
+
+PAIRS = [
+    TextExample("good film", text_pair="a b"),
+    TextExample("", text_pair="bad"),
+    TextExample("a bad, bad film", text_pair="fine a b " * 9),
+]
+
+
+def folder_with_a_tokenizer(folder, **head):
+    torch.manual_seed(4)
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] good bad fine film a b ,".split()
+    model = BertForSequenceClassification(TINY, **head)
+    torch.nn.init.normal_(model.classifier.bias)
+    model.save_pretrained(folder)
+    numbers = {word: i for i, word in enumerate(words)}
+    WordPieceTokenizer(numbers).save_pretrained(folder)
+    return folder
+
+
+def their_logits(folder, max_length):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    peer = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    batch = tokenizer(
+        [e.text for e in PAIRS],
+        [e.text_pair for e in PAIRS],
+        truncation=True,
+        max_length=max_length,
+        padding=True,
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        return peer, peer(**batch).logits
+
+
+def our_answers(task, folder, max_length):
+    model = BertForSequenceClassification.from_pretrained(folder)
+    tokenizer = WordPieceTokenizer.from_pretrained(folder)
+    return predict(task, model, tokenizer, PAIRS, max_length)
+
+
+@pytest.mark.filterwarnings("ignore:1 of 3 rows are longer")
+@pytest.mark.parametrize("max_length", [9, 20])
+def test_answers_are_those_of_transformers_in_both_directions(
+    tmp_path, max_length, measured
+):
+    """From texts on: tokens, cut pairs, padding, probabilities and names."""
+    ours = folder_with_a_tokenizer(tmp_path / "ours", labels=["x", "y", "z"])
+    peer, logits = their_logits(ours, max_length)
+    peer.save_pretrained(tmp_path / "back")
+    WordPieceTokenizer.from_pretrained(ours).save_pretrained(tmp_path / "back")
+    expected = logits.softmax(-1)
+    for folder in (ours, tmp_path / "back"):
+        model = BertForSequenceClassification.from_pretrained(folder)
+        task = SequenceClassification(labels=model.label_names)
+        answers = our_answers(task, folder, max_length)
+        found = torch.tensor([list(a["scores"].values()) for a in answers])
+        measured(found - expected, 1e-5)
+        names = [peer.config.id2label[int(i)] for i in logits.argmax(-1)]
+        assert [a["label"] for a in answers] == names
+
+
+@pytest.mark.filterwarnings("ignore:1 of 3 rows are longer")
+def test_numbers_are_those_of_transformers_in_both_directions(
+    tmp_path, measured
+):
+    ours = folder_with_a_tokenizer(tmp_path / "ours", num_labels=1)
+    peer, logits = their_logits(ours, 12)
+    target = torch.tensor([0.5, -1.0, 2.0])
+    peer(torch.ones(3, 4, dtype=torch.long), labels=target)  # sets its kind
+    assert peer.config.problem_type == "regression"
+    peer.save_pretrained(tmp_path / "back")
+    WordPieceTokenizer.from_pretrained(ours).save_pretrained(tmp_path / "back")
+    kind = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert kind["problem_type"] == "regression"
+    for folder in (ours, tmp_path / "back"):
+        answers = our_answers(SequenceRegression(), folder, 12)
+        measured(torch.tensor(answers) - logits[:, 0], 1e-5)

@@ -1,4 +1,4 @@
-"""Class weights: what each row counts, in one batch and in several."""
+"""Class weights, and the task: from texts to rows, from scores to names."""
 
 import math
 
@@ -12,9 +12,16 @@ from bertnb import (
     BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
+    FineTuneConfig,
+    SequenceClassification,
+    TextExample,
+    WordPieceTokenizer,
     accumulate_gradients,
     class_weights,
     classification_loss,
+    evaluate,
+    fine_tune,
+    predict,
 )
 
 TINY = BertConfig(
@@ -29,6 +36,8 @@ TINY = BertConfig(
     attention_probs_dropout_prob=0.0,
 )
 NAMES = ["a", "b", "c"]
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] good bad fine film a b ##c".split()
+TOKENIZER = WordPieceTokenizer({word: i for i, word in enumerate(WORDS)})
 
 
 @pytest.mark.equation("17.3")
@@ -145,3 +154,251 @@ def test_weights_are_not_saved_and_follow_the_model(tmp_path):
     assert loaded.class_weights is None
     assert model.double().class_weights.dtype == torch.float64
     assert model(**batch).loss.isfinite()
+
+
+# from texts to rows, and from scores to names
+LABELS = ("bad", "good")
+
+
+def examples(*texts, label="good"):
+    return [TextExample(text, label) for text in texts]
+
+
+def classifier(labels=LABELS, seed=0):
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(TINY, labels=list(labels))
+
+
+def test_names_come_from_the_training_examples_in_order():
+    training = [TextExample("film", name) for name in ("x", "b", "x", "c")]
+    task = SequenceClassification(training)
+    assert task.labels == ("b", "c", "x")
+    assert task.head_arguments() == {"labels": ["b", "c", "x"]}
+    rows = task.rows(training, TOKENIZER, 12)
+    assert [row.targets["labels"] for row in rows] == [2, 0, 2, 1]
+    assert [row.example for row in rows] == [0, 1, 2, 3]
+
+
+def test_rows_are_the_tokenizers():
+    pair = TextExample("good film", "bad", "bad bad bad")
+    (row,) = SequenceClassification(labels=LABELS).rows([pair], TOKENIZER, 12)
+    whole = TOKENIZER(["good film"], ["bad bad bad"])
+    assert row.input_ids == whole["input_ids"][0].tolist()
+    assert row.token_type_ids == whole["token_type_ids"][0].tolist()
+    with pytest.warns(UserWarning, match="1 of 1 rows are longer than max_len"):
+        (cut,) = SequenceClassification(labels=LABELS).rows(
+            [pair], TOKENIZER, 6
+        )
+    short = TOKENIZER(["good film"], ["bad bad bad"], max_length=6)
+    assert cut.input_ids == short["input_ids"][0].tolist()
+    assert cut.targets == {"labels": 0}
+
+
+def test_only_long_rows_are_cut_and_each_keeps_its_place():
+    texts = examples("good", "a " * 100_000, "bad")
+    task = SequenceClassification(labels=LABELS)
+    with pytest.warns(UserWarning, match="1 of 3 rows"):
+        rows = task.rows(texts, TOKENIZER, 5)
+    assert [len(row.input_ids) for row in rows] == [3, 5, 3]
+    assert [row.example for row in rows] == [0, 1, 2]
+    assert rows[2].input_ids[1] == WORDS.index("bad")
+
+
+@given(
+    texts=st.lists(
+        st.one_of(
+            st.sampled_from(["", " ", "\x00\x07", "\u200b", "good " * 9]),
+            st.text(st.characters(exclude_categories=["Cs"]), max_size=30),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+@settings(max_examples=25, deadline=None)
+@pytest.mark.filterwarnings("ignore:.*longer than max_length")
+def test_every_text_gets_one_sound_answer(texts):
+    task = SequenceClassification(labels=LABELS)
+    plain = [TextExample(text) for text in texts]
+    answers = predict(task, classifier(), TOKENIZER, plain, max_length=12)
+    assert len(answers) == len(texts)
+    for answer in answers:
+        assert list(answer["scores"]) == list(LABELS)
+        assert math.isclose(sum(answer["scores"].values()), 1, abs_tol=1e-6)
+        assert answer["score"] == max(answer["scores"].values())
+        assert answer["scores"][answer["label"]] == answer["score"]
+
+
+def test_no_text_leaves_the_frame():
+    task = SequenceClassification(labels=LABELS)
+    plain = [TextExample(text) for text in ("", "   ", "\x00\x01", "\u200b")]
+    for row in task.rows(plain, TOKENIZER, 12):
+        assert row.input_ids == [2, 3]  # [CLS] [SEP]
+        assert row.targets == {}
+    assert predict(task, classifier(), TOKENIZER, [], 12) == []
+
+
+def test_a_lone_surrogate_is_refused():
+    with pytest.raises(ValueError, match="text has half a character"):
+        TextExample("a\ud800", "bad")
+
+
+@pytest.mark.parametrize(
+    ("label", "pair", "message"),
+    [
+        ("nice", None, "example 1 has the label 'nice'; .* bad, good"),
+        (1.0, None, "example 1 has the label 1.0; .* bad, good"),
+        ("good", "b", "example 0 has no text_pair, example 1 has one"),
+    ],
+)
+def test_bad_examples_are_named(label, pair, message):
+    some = [TextExample("a", "good"), TextExample("b", label, pair)]
+    task = SequenceClassification(labels=LABELS)
+    with pytest.raises(ValueError, match=message):
+        task.rows(some, TOKENIZER, 12)
+    paired = [TextExample("a", "good", "b"), TextExample("b", "bad")]
+    with pytest.raises(ValueError, match=r"example 1 has none"):
+        task.rows(paired, TOKENIZER, 12)
+
+
+def test_bad_tasks_are_named():
+    with pytest.raises(ValueError, match="two classes or more"):
+        SequenceClassification(examples("a", "b"))
+    with pytest.raises(ValueError, match="two classes or more"):
+        SequenceClassification()
+    with pytest.raises(ValueError, match="each once"):
+        SequenceClassification(labels=["a", "b", "a"])
+    with pytest.raises(ValueError, match=r"metric='f1'.*macro_f1"):
+        SequenceClassification(labels=LABELS, metric="f1")
+    with pytest.raises(TypeError, match=r"example 1 .* 2.5.*Regression"):
+        SequenceClassification([TextExample("a", "x"), TextExample("b", 2.5)])
+
+
+def test_a_score_needs_every_label():
+    task = SequenceClassification(labels=LABELS)
+    some = [TextExample("a", "good"), TextExample("b")]
+    with pytest.raises(ValueError, match="example 1 has no label"):
+        evaluate(task, classifier(), TOKENIZER, some, max_length=12)
+    with pytest.raises(ValueError, match="training example 1 has no label"):
+        fine_tune(
+            SequenceClassification(some, labels=LABELS),
+            classifier(),
+            TOKENIZER,
+            FineTuneConfig(max_length=12, device="cpu"),
+            progress=False,
+        )
+
+
+def test_scores_that_are_not_finite_are_no_answer():
+    model = classifier()
+    torch.nn.init.constant_(model.classifier.bias, math.nan)
+    task = SequenceClassification(labels=LABELS)
+    with pytest.raises(ValueError, match="example 0: the model's scores"):
+        predict(task, model, TOKENIZER, examples("a"), max_length=12)
+
+
+def test_a_class_called_none_is_not_an_unknown_one():
+    task = SequenceClassification(labels=["None", "b"])
+    (row,) = task.rows([TextExample("a")], TOKENIZER, 12)
+    assert row.targets == {}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 64])
+def test_the_last_batch_is_not_filled_up(batch_size):
+    """Nobody is counted who was not asked, and nobody is left out."""
+    texts = ["good film", "bad", "a", "fine a b", "bad film a a"]
+    task, model = SequenceClassification(labels=LABELS), classifier()
+    some = []
+    for text, right in zip(texts, (1, 0, 1, 0, 0), strict=True):
+        (a,) = predict(task, model, TOKENIZER, [TextExample(text)], 12)
+        other = LABELS[1 - LABELS.index(a["label"])]
+        some.append(TextExample(text, a["label"] if right else other))
+    scores = evaluate(task, model, TOKENIZER, some, 12, batch_size)
+    assert scores == {"accuracy": 2 / 5}
+
+
+def counted(truth, answers):
+    """Return (17.6) and (17.7), in NumPy."""
+    names = sorted({*truth, *answers})
+    y = np.array([[t == n for n in names] for t in truth], float)
+    a = np.array([[t == n for n in names] for t in answers], float)
+    both, size = (y * a).sum(0), y.sum(0) + a.sum(0)
+
+    def cov(u, v):
+        return ((u - u.mean(0)) * (v - v.mean(0))).sum(1).mean()
+
+    spread = math.sqrt(cov(y, y) * cov(a, a))
+    return (2 * both / size).mean(), cov(y, a) / spread if spread else 0.0
+
+
+@pytest.mark.equation("17.6", "17.7")
+@given(
+    pairs=st.lists(
+        st.tuples(st.sampled_from(NAMES), st.sampled_from(NAMES)), min_size=1
+    )
+)
+@settings(max_examples=25, deadline=None)
+@pytest.mark.filterwarnings("ignore")  # scikit-learn on a single class
+def test_the_metrics_are_the_formulas(measured, pairs):
+    truth, answers = zip(*pairs, strict=True)
+    some = [TextExample("a", label) for label in truth]
+    found = [{"label": label} for label in answers]
+    expected = dict(
+        zip(("macro_f1", "matthews"), counted(truth, answers), strict=True)
+    )
+    for metric, value in expected.items():
+        scores = SequenceClassification(labels=NAMES, metric=metric).score(
+            some, found
+        )
+        measured(scores[metric] - value, 1e-9)
+        right = sum(t == a for t, a in pairs) / len(pairs)
+        assert scores["accuracy"] == right
+
+
+def test_without_scikit_learn_the_accuracy_is_still_there(monkeypatch):
+    import sys
+
+    from bertnb import BertnbError
+
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    some, found = examples("a", "b"), [{"label": "good"}, {"label": "bad"}]
+    score = SequenceClassification(labels=LABELS).score(some, found)
+    assert score == {"accuracy": 0.5}
+    with pytest.raises(BertnbError, match=r"bertnb\[train\]"):
+        SequenceClassification(labels=LABELS, metric="matthews").score(
+            some, found
+        )
+
+
+def test_class_weights_reach_the_model_and_leave_it():
+    training = examples("good", "a", "b") + examples("bad", label="bad")
+    model = classifier()
+    tokens = (model, TOKENIZER, examples("a"), 12)
+    predict(SequenceClassification(training, class_weights="balanced"), *tokens)
+    assert torch.allclose(model.class_weights, torch.tensor([2.0, 2 / 3]))
+    predict(SequenceClassification(training), *tokens)
+    assert model.class_weights is None
+    task = SequenceClassification(training, class_weights={"bad": 1.0})
+    with pytest.raises(ValueError, match="one weight for each of bad, good"):
+        predict(task, *tokens)
+
+
+def test_a_model_with_other_classes_is_refused():
+    task = SequenceClassification(labels=LABELS)
+    with pytest.raises(ValueError, match=r"\['good', 'bad'\]"):
+        predict(task, classifier(LABELS[::-1]), TOKENIZER, examples("a"), 12)
+
+
+def test_a_tiny_model_learns_which_word_is_good():
+    words = ["good", "bad"]
+    texts = [f"{x} {w} {y}" for w in words for x in "ab" for y in ("film", "a")]
+    training = [TextExample(t, "good" if "good" in t else "bad") for t in texts]
+    task = SequenceClassification(training, training[::3])
+    config = FineTuneConfig(
+        min_steps=40, eval_every=40, batch_size=8, learning_rate=1e-2, max_length=12,
+        device="cpu", precision="float32",
+    )  # fmt: skip
+    result = fine_tune(task, classifier(), TOKENIZER, config, progress=False)
+    assert result.best["accuracy"] == 1.0
+    new = [TextExample("a good b film"), TextExample("b bad b")]
+    answers = predict(task, result.model, TOKENIZER, new, 12)
+    assert [a["label"] for a in answers] == ["good", "bad"]
