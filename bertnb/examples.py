@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-# %% Labelled examples
+# %% An example for each kind of question
 def _check_text(name: str, value: object) -> None:
     """Refuse what is no text, and what no file of UTF-8 can hold."""
     if not isinstance(value, str):
@@ -74,6 +74,7 @@ class TextExample:
             raise ValueError(f"label={self.label}: expected a finite number")
 
 
+# %% Entities as tags
 _TAG = re.compile(r"O|[BI]-.+")
 
 
@@ -130,6 +131,7 @@ class TokenExample:
             )
 
 
+# %% Questions as spans
 @dataclass(frozen=True)
 class Answer:
     """A piece of a context: its text, and where it starts, in characters."""
@@ -266,7 +268,6 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, values
 
 
-# %% x
 def _label(value: object, numbers: bool) -> str | float:
     """Return a label as it counts: a number, or the name without spaces."""
     name = str(value).strip()
@@ -329,7 +330,7 @@ def read_texts(
     return _some(examples, path)
 
 
-# %% Tokens
+# %% Words and characters
 def read_articles(
     path: Path, separator: str | None
 ) -> Iterator[tuple[int, TokenExample]]:
@@ -434,7 +435,7 @@ def read_tokens(
     return _some(examples, path)
 
 
-# %% Questions
+# %% Questions in a file
 def squad_question(asked: dict[str, Any], context: str) -> QuestionExample:
     """Make an example of a question as SQuAD writes it.
 
