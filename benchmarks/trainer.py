@@ -23,7 +23,7 @@ import transformers
 
 # hyper-parameters, the same for both sides
 PLANS: dict[str, dict[str, Any]] = {
-    "sst2": {"epochs": 1, "batch_size": 32, "learning_rate": 1e-4},
+    "sst2": {"epochs": 2, "batch_size": 64, "learning_rate": 1e-4},
     "stsb": {"epochs": 4, "batch_size": 32, "learning_rate": 1e-4},
     "wnut17": {"epochs": 5, "batch_size": 16, "learning_rate": 2e-4},
     "wikigold": {"epochs": 5, "batch_size": 16, "learning_rate": 2e-4},
