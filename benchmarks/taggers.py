@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for result in results:
         settings = {
             name: getattr(plan, name)
-            for name in ("epochs", "batch_size", "learning_rate")
+            for name in ("epochs", "min_steps", "batch_size", "learning_rate")
         }
         entry = {"question": asked.question, "plan": settings, **result}
         print(entry)
