@@ -1,0 +1,115 @@
+"""Fine-tune with `bertnb.fine_tune`, and write what came out to a record.
+
+    BERTNB_DATA=../shared/data python benchmarks/fine_tuning.py sst2 --seed 0
+
+The hyper-parameters are those of `benchmarks/trainer.py`, the peer, and so are
+the weights and the examples. The weights after the last step are scored, not
+the best on the way: there is nothing to be chosen by.
+
+On a GPU with a network, one command fills the columns of the results page for
+another model:
+
+    python benchmarks/fine_tuning.py all --model google-bert/bert-base-uncased
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import peers
+from trainer import PLANS, minilm
+
+from bertnb import (
+    FineTuneConfig,
+    QuestionAnswering,
+    SequenceClassification,
+    SequenceRegression,
+    TokenClassification,
+    book_model,
+    evaluate,
+    fine_tune,
+    load_examples,
+    load_for_task,
+    pick_precision,
+)
+
+KINDS: dict[str, tuple[Any, tuple[str, str], tuple[str, str]]] = {
+    "sst2": (SequenceClassification, ("sst2", "train"), ("sst2", "validation")),
+    "stsb": (SequenceRegression, ("stsb", "train"), ("stsb", "test")),
+    "wnut17": (TokenClassification, ("wnut17", "train"), ("wnut17", "test")),
+    "wikigold": (
+        TokenClassification,
+        ("wikigold", "train"),
+        ("wikigold", "test"),
+    ),
+    "squad": (QuestionAnswering, ("squad", "train"), ("xquad.en", "validation")),
+}
+
+
+def run(task: str, folder: str, seed: int) -> dict[str, Any]:
+    """Train on one set, score on another; return the record's entry."""
+    plan = PLANS[task]
+    kind, training, scored = KINDS[task]
+    wanted = kind(load_examples(*training)[: plan.get("examples")])
+    model, tokenizer = load_for_task(wanted, folder, seed)
+    config = FineTuneConfig(
+        epochs=plan["epochs"],
+        batch_size=plan["batch_size"],
+        learning_rate=plan["learning_rate"],
+        max_length=plan.get("max_length", 128),
+        min_steps=1,
+        seed=seed,
+    )
+    cpu, began = time.process_time(), time.perf_counter()
+    fine_tune(wanted, model, tokenizer, config)
+    seconds = time.perf_counter() - began
+    cpu = time.process_time() - cpu
+    examples = load_examples(*scored)
+    precision = pick_precision(next(model.parameters()).device)
+    scores = evaluate(
+        wanted,
+        model,
+        tokenizer,
+        examples,
+        max_length=config.max_length,
+        precision=precision,
+    )
+    return {
+        "scores": scores,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu, 1),
+        "examples": len(wanted.training),
+        "scored": len(examples),
+        "plan": plan,
+        "precision": str(precision).removeprefix("torch."),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("task", choices=[*KINDS, "all"])
+    parser.add_argument("--model", help="a folder or a name; default: MiniLM")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--record", default="book/runs/fine-tuning.jsonl")
+    asked = parser.parse_args()
+    named = {None: minilm(), "book": book_model()}
+    folder = str(named.get(asked.model, asked.model))
+    for seed in asked.seed:
+        for task in KINDS if asked.task == "all" else [asked.task]:
+            entry = {
+                "task": task,
+                "model": asked.model or "MiniLM-L6",
+                "by": "bertnb.fine_tune",
+                **run(task, folder, seed),
+                **peers.facts(seed),
+            }
+            peers.add_line(asked.record, entry)
+            print(entry, flush=True)
+
+
+if __name__ == "__main__":
+    main()
