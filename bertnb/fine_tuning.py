@@ -41,6 +41,7 @@ __all__ = [
     "Task",
     "pad_rows",
     "Shuffled",
+    "load_for_task",
     "row_logits",
     "predict",
     "evaluate",
@@ -48,7 +49,6 @@ __all__ = [
     "FineTuningRun",
     "FineTuneResult",
     "fine_tune",
-    "load_for_task",
     "SeedReport",
     "fine_tune_seeds",
 ]
@@ -220,6 +220,20 @@ class Shuffled:
 
 
 # %% The code: answers and scores
+def load_for_task(
+    task: Task, path_or_hub_id: str | Path, seed: int = 0
+) -> tuple[PretrainedModel, WordPieceTokenizer]:
+    """Return a checkpoint with a head for the task, untrained where it has
+    none, and its tokenizer. The seed decides how the head begins."""
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():  # that a head is new is no news here
+        warnings.filterwarnings("ignore", ".*they start untrained")
+        model = task.model_class.from_pretrained(
+            path_or_hub_id, **task.head_arguments()
+        )
+    return model, WordPieceTokenizer.from_pretrained(path_or_hub_id)
+
+
 def row_logits(
     task: Task,
     model: nn.Module,
@@ -347,9 +361,9 @@ class FineTuneConfig:
     A step: `batch_size` rows of at most `max_length` tokens, in `parts`, one
     after the other. `learning_rate`, `warmup_ratio`, `schedule`,
     `weight_decay`, `bias_correction` and `max_grad_norm` as in pretraining.
-    `frozen_layers`: 0, or so many of the lowest layers, and the embeddings,
-    stay as they are. `layer_decay`: each layer learns at this fraction of the
-    rate of the one above it, (16.9).
+    `frozen_layers`: None: all learn; 0: the embeddings stay as they are; more:
+    so many of the lowest layers, too. `layer_decay`: each layer learns at this fraction of the
+    rate of the one above it, (16.8).
 
     `seed`: of the order and of dropout. `device`: None: CUDA where there is
     one. `precision`: "float32", "bfloat16", "float16", or "auto", what the
@@ -373,7 +387,7 @@ class FineTuneConfig:
     min_steps: int = 200
     eval_every: int | None = None
     patience: int | None = None
-    frozen_layers: int = 0
+    frozen_layers: int | None = None
     layer_decay: float = 1.0
     seed: int = 0
     device: str | None = None
@@ -390,7 +404,8 @@ class FineTuneConfig:
         self._require("warmup_ratio", 0 <= self.warmup_ratio <= 1, "0 to 1")
         self._require("layer_decay", 0 < self.layer_decay <= 1, "0 to 1")
         for name in ("weight_decay", "frozen_layers", "seed"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 0, "0 or more")
         known = {"schedule": tuple(SCHEDULES), "precision": PRECISIONS}
         for name, values in known.items():
             expected = "one of " + ", ".join(values)
@@ -451,7 +466,7 @@ class FineTuningRun:
         self.best: dict[str, Tensor] = {}  # the weights with the best score
 
     def _factor(self, name: str) -> float:
-        """Return a parameter's share of the learning rate, (16.9)."""
+        """Return a parameter's share of the learning rate, (16.8)."""
         layers = self.model.config.num_hidden_layers
         return float(
             self.config.layer_decay ** (layers + 1 - _depth(name, layers))
@@ -614,9 +629,10 @@ def _depth(name: str, layers: int) -> int:
 
 
 @contextmanager
-def _frozen(model: PretrainedModel, count: int) -> Iterator[None]:
+def _frozen(model: PretrainedModel, count: int | None) -> Iterator[None]:
     """Take embeddings and the lowest layers out of training for a while."""
     layers = model.config.num_hidden_layers
+    count = -1 if count is None else count
     if count > layers:
         raise ValueError(
             f"frozen_layers={count}: the model has num_hidden_layers={layers}"
@@ -624,7 +640,7 @@ def _frozen(model: PretrainedModel, count: int) -> Iterator[None]:
     held = [
         parameter
         for name, parameter in model.named_parameters()
-        if count and parameter.requires_grad and _depth(name, layers) <= count
+        if parameter.requires_grad and _depth(name, layers) <= count
     ]
     for parameter in held:
         parameter.requires_grad_(False)
@@ -718,20 +734,6 @@ def _go_on(run: FineTuningRun, stop: StopRequest, progress: bool) -> str | None:
 
 
 # %% The code: over seeds
-def load_for_task(
-    task: Task, path_or_hub_id: str | Path, seed: int = 0
-) -> tuple[PretrainedModel, WordPieceTokenizer]:
-    """Return a checkpoint with a head for the task, untrained where it has
-    none, and its tokenizer. The seed decides how the head begins."""
-    torch.manual_seed(seed)
-    with warnings.catch_warnings():  # that a head is new is no news here
-        warnings.filterwarnings("ignore", ".*they start untrained")
-        model = task.model_class.from_pretrained(
-            path_or_hub_id, **task.head_arguments()
-        )
-    return model, WordPieceTokenizer.from_pretrained(path_or_hub_id)
-
-
 @dataclass(frozen=True)
 class SeedReport:
     """The best score of each seed, their mean and standard deviation."""
