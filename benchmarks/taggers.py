@@ -40,6 +40,7 @@ from bertnb.fine_tuning import (
     predict,
     row_logits,
 )
+from bertnb.folders import PretrainedModel
 from bertnb.masked_lm import IGNORE
 from bertnb.named_sets import load_examples
 from bertnb.tokenization import WordPieceTokenizer
@@ -75,6 +76,16 @@ def kept(scores: dict[str, float]) -> dict[str, float]:
     return {name: round(scores[name], 4) for name in SCORES}
 
 
+def train(
+    task: TokenClassification,
+    model: PretrainedModel,
+    tokenizer: WordPieceTokenizer,
+    plan: FineTuneConfig,
+) -> None:
+    if stopped := fine_tune(task, model, tokenizer, plan).stopped:
+        raise SystemExit(f"{stopped}: nothing is recorded")
+
+
 def pieces(
     kind: str, seed: int, plan: FineTuneConfig, limit: int | None = None
 ) -> dict[str, Any]:
@@ -85,7 +96,7 @@ def pieces(
     task = chosen(training, label_all_pieces=kind == "every")
     model, tokenizer = load_for_task(task, minilm(), seed)
     began = time.perf_counter()
-    fine_tune(task, model, tokenizer, replace(plan, seed=seed))
+    train(task, model, tokenizer, replace(plan, seed=seed))
     seconds = time.perf_counter() - began
     answers = predict(task, model, tokenizer, test)
     names = list(task.labels or ())
@@ -162,7 +173,7 @@ def cluener(
         **task.head_arguments(),
     )
     began = time.perf_counter()
-    fine_tune(task, model, tokenizer, replace(plan, seed=seed))
+    train(task, model, tokenizer, replace(plan, seed=seed))
     seconds = time.perf_counter() - began
     scores = task.score(test, predict(task, model, tokenizer, test))
     return {
