@@ -159,6 +159,7 @@ if TYPE_CHECKING:
         read_weights,
     )
     from bertnb.inference import (
+        BATCH_POSITIONS,
         POOLINGS,
         check_pooling,
         cosine_similarity,
@@ -166,6 +167,7 @@ if TYPE_CHECKING:
         evaluating,
         fill_mask,
         length_batches,
+        next_sentence_probability,
         pool,
     )
     from bertnb.layers import (
@@ -193,7 +195,7 @@ if TYPE_CHECKING:
         replace_tokens,
     )
     from bertnb.multihead import MultiHeadAttention, merge_heads, split_heads
-    from bertnb.named_sets import load_examples
+    from bertnb.named_sets import NAMED_SETS, load_examples
     from bertnb.next_sentence import (
         FAULTS,
         IS_NEXT,
@@ -325,6 +327,7 @@ _HOME = {
     "ARTICLES": "answer_spans",
     "Answer": "examples",
     "AttentionTable": "attention",
+    "BATCH_POSITIONS": "inference",
     "Batch": "rows",
     "BertClassifier": "classification",
     "BertConfig": "configuration",
@@ -380,6 +383,7 @@ _HOME = {
     "MaskedLMHead": "masked_lm",
     "MaskedLMOutput": "masked_lm",
     "MultiHeadAttention": "multihead",
+    "NAMED_SETS": "named_sets",
     "NOT_NEXT": "next_sentence",
     "NextSentenceOutput": "next_sentence",
     "OLD_NAMES": "folders",
@@ -519,6 +523,7 @@ _HOME = {
     "most_predictions": "rows",
     "named_config": "choices",
     "next_sentence_loss": "next_sentence",
+    "next_sentence_probability": "inference",
     "normalize_answer": "answer_spans",
     "original_pairs": "next_sentence",
     "original_warmup_decay": "optimization",
@@ -588,6 +593,7 @@ __all__ = [
     "ARTICLES",
     "Answer",
     "AttentionTable",
+    "BATCH_POSITIONS",
     "Batch",
     "BertClassifier",
     "BertConfig",
@@ -643,6 +649,7 @@ __all__ = [
     "MaskedLMHead",
     "MaskedLMOutput",
     "MultiHeadAttention",
+    "NAMED_SETS",
     "NOT_NEXT",
     "NextSentenceOutput",
     "OLD_NAMES",
@@ -782,6 +789,7 @@ __all__ = [
     "most_predictions",
     "named_config",
     "next_sentence_loss",
+    "next_sentence_probability",
     "normalize_answer",
     "original_pairs",
     "original_warmup_decay",

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from bertnb.configuration import BertConfig
 from bertnb.encoder import BertModel
 from bertnb.masked_lm import BertForMaskedLM
+from bertnb.next_sentence import BertForNextSentencePrediction
 from bertnb.pretraining import BertForPreTraining, PreTrainingOutput
 from bertnb.tokenization import WordPieceTokenizer, check_texts
 
@@ -23,10 +24,12 @@ __all__ = [
     "check_pooling",
     "pool",
     "cosine_similarity",
+    "BATCH_POSITIONS",
     "length_batches",
     "evaluating",
     "embed",
     "fill_mask",
+    "next_sentence_probability",
 ]
 
 
@@ -68,17 +71,39 @@ def cosine_similarity(first: Tensor, second: Tensor) -> Tensor:
     return F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).mT
 
 
-def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+BATCH_POSITIONS = {"cpu": 1024, "others": 32768}
+
+
+def length_batches(
+    lengths: Sequence[int], batch_size: int, max_positions: int | None = None
+) -> list[list[int]]:
     """Return row numbers in batches of like lengths, the longest first.
 
+    Args:
+        lengths: the tokens of each row.
+        batch_size: the most rows of a batch.
+        max_positions: the most positions of a batch, padding included; a
+            longer row is a batch of its own. None: no limit.
+
     Raises:
-        ValueError: `batch_size` is below 1.
+        ValueError: `batch_size` or `max_positions` is below 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: expected 1 or more")
+    for name, value in (
+        ("batch_size", batch_size),
+        ("max_positions", max_positions),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: expected 1 or more")
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    starts = range(0, len(order), batch_size)
-    return [order[start : start + batch_size] for start in starts]
+    batches, start = [], 0
+    while start < len(order):
+        rows = batch_size
+        if max_positions is not None:  # the first row is the widest
+            fit = max_positions // max(1, lengths[order[start]])
+            rows = min(rows, max(1, fit))
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
 
 
 @contextmanager
@@ -95,14 +120,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 # %% The code: texts in, vectors out
-def _token_ids(
+def _rows(
     config: BertConfig,
     tokenizer: WordPieceTokenizer,
     texts: list[str],
     max_length: int | None = None,
     allow_special: bool = False,
-) -> list[list[int]]:
-    """Return a row of ids for each text; refuse what the model cannot read."""
+    pairs: list[str] | None = None,
+) -> dict[str, list[list[int]]]:
+    """Return what the tokenizer makes of texts; refuse what the model cannot read."""
     limit = config.max_position_embeddings
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
@@ -114,23 +140,57 @@ def _token_ids(
             f"max_length={max_length}: the model reads at most "
             f"max_position_embeddings={limit} tokens"
         )
-    rows: list[list[int]] = []
-    if texts:
-        rows = tokenizer(
-            texts,
-            max_length=max_length,
-            padding=False,
-            return_tensors=None,
-            allow_special=allow_special,
-        )["input_ids"]
-    for text, row in zip(texts, rows, strict=True):
+    if not texts:
+        return {"input_ids": [], "token_type_ids": []}
+    rows = tokenizer(
+        texts,
+        pairs,
+        max_length=max_length,
+        padding=False,
+        return_tensors=None,
+        allow_special=allow_special,
+    )
+    for text, row in zip(texts, rows["input_ids"], strict=True):
         if len(row) > limit:
             raise ValueError(
                 f"a text has {len(row)} tokens, the model reads at most "
-                f"max_position_embeddings={limit}: split it, or cut it (embed: "
-                f"max_length={limit}); it begins {text[:40]!r}"
+                f"max_position_embeddings={limit}: split it, or cut it with "
+                f"max_length={limit}; it begins {text[:40]!r}"
             )
     return rows
+
+
+def _batches(
+    rows: list[list[int]], batch_size: int | None, device: torch.device
+) -> list[list[int]]:
+    """Return batches of so many rows, or of as many as the device likes."""
+    lengths = [len(row) for row in rows]
+    if batch_size is not None:
+        return length_batches(lengths, batch_size)
+    kind = "cpu" if device.type == "cpu" else "others"
+    return length_batches(lengths, len(rows) or 1, BATCH_POSITIONS[kind])
+
+
+def _padded(
+    rows: list[list[int]], batch: list[int], value: int, device: torch.device
+) -> Tensor:
+    """Lay some rows of numbers one below the other: int64 (B, L)."""
+    return pad_sequence(
+        [torch.tensor(rows[i]) for i in batch],
+        batch_first=True,
+        padding_value=value,
+    ).to(device)
+
+
+def _mask(
+    rows: list[list[int]], batch: list[int], device: torch.device
+) -> Tensor | None:
+    """Return True for tokens, False for padding, (B, L); None: no padding."""
+    lengths = [len(rows[i]) for i in batch]
+    if min(lengths) == max(lengths):
+        return None
+    places = torch.arange(max(lengths))
+    return (places < torch.tensor(lengths)[:, None]).to(device)
 
 
 def embed(
@@ -139,7 +199,7 @@ def embed(
     texts: str | Iterable[str],
     pooling: str = "mean",
     layers: Sequence[int] = (-1,),
-    batch_size: int = 32,
+    batch_size: int | None = None,
     normalize: bool = False,
     max_length: int | None = None,
 ) -> Tensor:
@@ -152,7 +212,8 @@ def embed(
         pooling: "mean", "cls" or "max"; see `pool`.
         layers: which hidden states, 0 the embeddings, N or -1 the last
             layer's; several are concatenated.
-        batch_size: how many texts at once; like lengths go together.
+        batch_size: how many texts at once, like lengths together; None: as
+            many as fill `BATCH_POSITIONS`.
         normalize: divide each row by its length.
         max_length: cut longer texts to so many tokens, [CLS] and [SEP]
             included; None: a text that is too long is an error.
@@ -176,23 +237,27 @@ def embed(
     config, device = body.config, next(body.parameters()).device
     check_pooling(pooling)
     _check_layers(layers, config.num_hidden_layers)
-    rows = _token_ids(
-        config, tokenizer, check_texts(texts, "texts"), max_length
-    )
+    rows = _rows(config, tokenizer, check_texts(texts, "texts"), max_length)[
+        "input_ids"
+    ]
+    batches = _batches(rows, batch_size, device)
     vectors = torch.empty(len(rows), len(layers) * config.hidden_size)
-    all_layers = tuple(layers) != (-1,)
+    every = tuple(layers) != (-1,)
     with evaluating(body):
-        for batch in length_batches([len(row) for row in rows], batch_size):
-            ids = pad_sequence(
-                [torch.tensor(rows[i]) for i in batch],
-                batch_first=True,
-                padding_value=tokenizer.pad_token_id,
-            ).to(device)  # (B, L)
-            lengths = torch.tensor([[len(rows[i])] for i in batch])  # (B, 1)
-            mask = (torch.arange(ids.shape[1]) < lengths).to(device)
-            output = body(ids, mask, output_hidden_states=all_layers)
+        for batch in batches:
+            ids = _padded(rows, batch, tokenizer.pad_token_id, device)  # (B, L)
+            mask = _mask(rows, batch, device)
+            only = (
+                None
+                if every or pooling != "cls"
+                else ids.new_zeros(ids.shape[0], 1)
+            )
+            output = body(
+                ids, mask, output_hidden_states=every, masked_positions=only
+            )
             states = output.hidden_states or [output.last_hidden_state]
-            pooled = [pool(states[i].float(), mask, pooling) for i in layers]
+            counts = torch.ones_like(ids) if mask is None else mask
+            pooled = [pool(states[i].float(), counts, pooling) for i in layers]
             vectors[batch] = torch.cat(pooled, dim=-1).cpu()
     return F.normalize(vectors, dim=-1) if normalize else vectors
 
@@ -243,7 +308,9 @@ def fill_mask(
         raise TypeError(
             f"text is of type {type(text).__name__}: expected one text"
         )
-    (ids,) = _token_ids(model.config, tokenizer, [text], allow_special=True)
+    ids = _rows(model.config, tokenizer, [text], allow_special=True)[
+        "input_ids"
+    ][0]
     places = [i for i, id in enumerate(ids) if id == tokenizer.mask_token_id]
     if not places:
         raise ValueError(
@@ -291,3 +358,54 @@ def _filled(
         "token_str": tokenizer.decode([word], skip_special_tokens=False),
         "sequence": tokenizer.decode(row, skip_special_tokens=alone),
     }
+
+
+# %% The code: does it follow?
+def next_sentence_probability(
+    model: BertForNextSentencePrediction | BertForPreTraining,
+    tokenizer: WordPieceTokenizer,
+    first: str | Iterable[str],
+    second: str | Iterable[str],
+) -> Tensor:
+    """Return how likely each second text follows its first, (9.2).
+
+    Args:
+        first, second: a text each, or equally many.
+
+    Returns:
+        float32 (n,), probabilities, on the CPU.
+
+    Raises:
+        TypeError: `model` has no next-sentence head, or something is no text.
+        ValueError: the numbers of texts differ, a pair is too long, or the
+            tokenizer belongs to another model.
+    """
+    if not isinstance(
+        model, BertForNextSentencePrediction | BertForPreTraining
+    ):
+        raise TypeError(
+            f"model is of type {type(model).__name__}, without a next-sentence "
+            "head: load it by BertForNextSentencePrediction.from_pretrained"
+        )
+    firsts, seconds = check_texts(first, "first"), check_texts(second, "second")
+    if len(firsts) != len(seconds):
+        raise ValueError(
+            f"first has {len(firsts)} texts and second {len(seconds)}: each "
+            "first text needs one second"
+        )
+    rows = _rows(model.config, tokenizer, firsts, pairs=seconds)
+    ids, segments = rows["input_ids"], rows["token_type_ids"]
+    device = next(model.parameters()).device
+    probabilities = torch.empty(len(ids))
+    with evaluating(model):
+        for batch in _batches(ids, None, device):
+            row = _padded(ids, batch, tokenizer.pad_token_id, device)
+            pooled = model.bert(
+                row,
+                _mask(ids, batch, device),
+                _padded(segments, batch, 0, device),
+                masked_positions=row[:, :0],  # of the last layer only [CLS]
+            ).pooler_output
+            follows = model.next_sentence(pooled).float().softmax(-1)[:, 0]
+            probabilities[batch] = follows.cpu()
+    return probabilities
