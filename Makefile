@@ -68,5 +68,7 @@ $(READY): pyproject.toml constraints.txt
 	  { echo "bertnb needs Python 3.10 or later: make PYTHON=/path/to/python3 ..."; exit 1; }
 	@echo "== Installing the book's environment into .venv (some minutes)"
 	@test -x $(PY) || $(PYTHON) -m venv .venv
-	@$(PY) -m pip install -c constraints.txt -e ".[test]"
+	@# in the environment, the constraints bind what a build asks for, too: seqeval
+	@# comes as source, and cannot be built with the latest setuptools-scm
+	@PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(PY) -m pip install -e ".[test]"
 	@touch $(READY)

@@ -19,7 +19,8 @@ from packaging.utils import canonicalize_name
 
 HEAD = """\
 # The book's own environment: made by tools/freeze.py, used by `make`.
-# PyTorch's CUDA libraries are left to torch, which names them exactly itself."""
+# PyTorch's CUDA libraries are left to torch, which names them exactly itself.
+setuptools-scm<9 # only to build seqeval"""
 CUDA = re.compile(r"nvidia|cuda|triton")
 
 
