@@ -606,9 +606,8 @@ def leaves(entry: Entry, above: str = "") -> Iterator[tuple[str, str]]:
 def other(found: list[Entry]) -> Iterator[str]:
     """Yield all of an experiment that has no form of its own."""
     for entry in found:
-        figures = {k: v for k, v in entry.items() if k not in FACTS}
-        rows = list(table(["figure", "value"], list(leaves(figures))))
-        yield from folded(f"`{entry['command']}`", rows)
+        hidden = FACTS.keys() - {"command"}
+        yield from figures({k: v for k, v in entry.items() if k not in hidden})
 
 
 def parts(path: Path, field: str, known: dict[str, Part]) -> Iterator[str]:
@@ -624,20 +623,56 @@ def parts(path: Path, field: str, known: dict[str, Part]) -> Iterator[str]:
             raise RecordError(message) from error
 
 
-def speed(path: Path, title: str) -> Iterator[str]:
-    """Yield all figures of a record of speed."""
+def race(result: Entry) -> Iterator[str]:
+    """Yield the speed of fine-tuning, beside the Trainer's."""
+    yield (
+        f"{result['name']}: batches of {result['batch']}, {result['rounds']} "
+        "rounds in which the sides take turns. Examples a second by the clock "
+        "and by the processor's, which does not count the work of others; "
+        "behind them, how many times as fast ours is, the median over the "
+        "rounds. The losses of one batch differ by "
+        f"{result['loss_difference']:.0e} at the most."
+    )
+    yield ""
+    names = ["examples_per_second", "ratio"]
+    names += ["examples_per_cpu_second", "cpu_ratio"]
+    rows = [
+        [
+            precision,
+            {"ours": "**bertnb**"}.get(side, side),
+            *(f"{found[n]:.2f}" if n in found else "" for n in names),
+        ]
+        for precision in ("float32", "bfloat16")
+        for side, found in result[precision].items()
+    ]
+    head = ["precision", "side", "examples a second", "ours is"]
+    yield from table([*head, "examples a CPU second", "ours is"], rows)
+
+
+def figures(result: Entry) -> Iterator[str]:
+    """Yield all figures of a result that has no form of its own."""
+    rows = list(table(["figure", "value"], list(leaves(result))))
+    yield from folded(f"`{result['command']}`", rows)
+
+
+def speed(
+    path: Path, title: str, form: Callable[[Entry], Iterator[str]]
+) -> Iterator[str]:
+    """Yield the part on a record of speed.
+
+    Raises:
+        RecordError: it has not the form of one.
+    """
     if not path.exists():
         return
     try:
         record = json.loads(path.read_text("utf-8"))
-        facts, results = record["facts"], record["results"]
+        yield from (f"## {title}", "", source([record["facts"]]), "")
+        for result in record["results"]:
+            yield from form(result)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         message = f"{path.name}: no record of a benchmark: {error!r}"
-        raise RecordError(message) from None
-    yield from (f"## {title}", "", source([facts]), "")
-    for result in results:
-        rows = list(table(["figure", "value"], list(leaves(result))))
-        yield from folded(f"`{result['command']}`", rows)
+        raise RecordError(message) from error
 
 
 def page(folder: Path = RUNS) -> str:
@@ -657,8 +692,8 @@ def page(folder: Path = RUNS) -> str:
         *fine_tuning(folder / "fine-tuning.jsonl"),
         *parts(folder / "taggers.jsonl", "question", TAGGERS),
         *parts(folder / "classifiers.jsonl", "experiment", CLASSIFIERS),
-        *speed(folder / "fine-tuning-speed.json", "Speed of fine-tuning"),
-        *speed(folder / "inference-cpu.json", "Speed of inference"),
+        *speed(folder / "fine-tuning-speed.json", "Speed of fine-tuning", race),
+        *speed(folder / "inference-cpu.json", "Speed of inference", figures),
     ]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -226,6 +226,22 @@ def test_a_record_of_speed_is_shown(tmp_path: Path) -> None:
         results.page(tmp_path)
 
 
+def test_fine_tuning_beside_the_trainer_in_time(tmp_path: Path) -> None:
+    side = {"examples_per_second": 30.0, "examples_per_cpu_second": 40.0}
+    other = {"examples_per_second": 20.0, "examples_per_cpu_second": 25.0}
+    table = {"ours": side, "Trainer": other | {"ratio": 1.5, "cpu_ratio": 1.6}}
+    result = {"name": "fine-tuning, SST-2", "batch": 32, "rounds": 4}
+    result |= {"loss_difference": 1.2e-6, "float32": table, "bfloat16": {}}
+    file = tmp_path / "fine-tuning-speed.json"
+    file.write_text(json.dumps({"facts": FACTS, "results": [result]}))
+    text = results.page(tmp_path)
+    assert rows(text, "float32") == [
+        ["float32", "**bertnb**", "30.00", "", "40.00"],
+        ["float32", "Trainer", "20.00", "1.50", "25.00", "1.60"],
+    ]
+    assert "differ by 1e-06 at the most" in text
+
+
 def test_the_page_of_the_records_that_are_there(tmp_path: Path) -> None:
     tool = str(ROOT / "tools" / "results.py")
     done = subprocess.run(
