@@ -34,17 +34,11 @@ from bertnb.entities import (
     spans,
 )
 from bertnb.examples import TokenExample
-from bertnb.fine_tuning import (
-    FineTuneConfig,
-    Row,
-    fine_tune,
-    load_for_task,
-    predict,
-    row_logits,
-)
+from bertnb.fine_tuning import fine_tune
 from bertnb.folders import PretrainedModel
 from bertnb.masked_lm import IGNORE
 from bertnb.named_sets import load_examples
+from bertnb.tasks import FineTuneConfig, Row, load_for_task, predict, row_logits
 from bertnb.tokenization import WordPieceTokenizer
 
 SCORES = ("precision", "recall", "f1")

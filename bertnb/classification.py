@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from bertnb.configuration import BertConfig, BertnbError
 from bertnb.encoder import BertModel
 from bertnb.examples import TextExample
-from bertnb.fine_tuning import Row, Task
 from bertnb.folders import PretrainedModel
 from bertnb.layers import initialize
 from bertnb.masked_lm import mean_cross_entropy
+from bertnb.tasks import Row, Task
 from bertnb.tokenization import WordPieceTokenizer
 
 __all__ = [

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from bertnb.classification import BertClassifier
 from bertnb.examples import TokenExample, to_iob2
-from bertnb.fine_tuning import Row, Task
 from bertnb.masked_lm import IGNORE, mean_cross_entropy
+from bertnb.tasks import Row, Task
 from bertnb.tokenization import WordPieceTokenizer
 
 __all__ = [

@@ -324,7 +324,8 @@ def train(
         max_grad_norm: gradients are scaled down to this global norm, (11.8).
         precision: of the matrix products; weights, their sums and the
             optimiser stay float32.
-        parts: of each batch, one after the other, (11.11): less memory.
+        parts: of each batch, one after the other, (11.11): less memory. Of a
+            batch with fewer rows, one for each row.
         scaler: for float16, (11.13). It holds back a step that overflows, and
             goes on with a smaller factor.
         on_nonfinite: a step whose loss or gradient is not finite is not
@@ -349,7 +350,8 @@ def train(
         rate = schedule(step)
         set_learning_rate(optimizer, rate)
         inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-        loss = accumulate_gradients(model, inputs, parts, precision, scaler)
+        most = min(parts, *(len(tensor) for tensor in inputs.values()))
+        loss = accumulate_gradients(model, inputs, most, precision, scaler)
         if scaler is not None:
             scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)

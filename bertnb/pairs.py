@@ -16,7 +16,7 @@ from bertnb.classification import (
 )
 from bertnb.configuration import BertnbError
 from bertnb.examples import TextExample
-from bertnb.fine_tuning import Row, Task
+from bertnb.tasks import Row, Task
 from bertnb.tokenization import WordPieceTokenizer
 
 __all__ = ["correlations", "SequenceRegression"]

@@ -20,8 +20,8 @@ from bertnb.answer_spans import (
     token_f1,
 )
 from bertnb.examples import QuestionExample
-from bertnb.fine_tuning import Row, Task, predict
 from bertnb.folders import PretrainedModel
+from bertnb.tasks import Row, Task, predict
 from bertnb.tokenization import WordPieceTokenizer
 
 __all__ = [

@@ -13,9 +13,9 @@ import torch
 from bertnb import BertConfig, BertForMaskedLM, BertForTokenClassification
 from bertnb.entities import TokenClassification, spans
 from bertnb.examples import TokenExample
-from bertnb.fine_tuning import pad_rows, predict
 from bertnb.named_sets import load_examples
 from bertnb.pretraining import book_model
+from bertnb.tasks import pad_rows, predict
 from bertnb.tokenization import WordPieceTokenizer
 
 DATA = Path(

@@ -18,8 +18,9 @@ from bertnb.entities import (
     spans,
 )
 from bertnb.examples import TokenExample, to_iob2
-from bertnb.fine_tuning import FineTuneConfig, evaluate, fine_tune, predict
+from bertnb.fine_tuning import fine_tune
 from bertnb.masked_lm import IGNORE
+from bertnb.tasks import FineTuneConfig, evaluate, predict
 from bertnb.tokenization import SPECIAL_TOKENS, WordPieceTokenizer
 
 NAMES = ("O", "B-group", "I-group", "B-person", "I-person")

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bertnb.optimization
+from bertnb.answer_spans import BertForQuestionAnswering
 from bertnb.classification import BertForSequenceClassification
 from bertnb.configuration import BertConfig
 from bertnb.encoder import BertModel
@@ -37,7 +38,6 @@ from bertnb.optimization import (
     warmup_constant,
 )
 from bertnb.pretraining import BertForPreTraining
-from bertnb.answer_spans import BertForQuestionAnswering
 
 CONFIG = BertConfig(
     vocab_size=20,
