@@ -191,7 +191,7 @@ def cluener(
 
 PLANS = {
     "pieces": FineTuneConfig(epochs=2, batch_size=16, learning_rate=2e-4),
-    "cluener": FineTuneConfig(epochs=6, batch_size=32, learning_rate=1e-3),
+    "cluener": FineTuneConfig(epochs=4, batch_size=32, learning_rate=1e-3),
 }
 TESTS = {"wnut17": "test", "wikigold": "test", "cluener": "validation"}
 
