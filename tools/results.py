@@ -131,7 +131,7 @@ def entries(
 
 
 NUMBER = (int, float)
-FACTS = {"command": str, "hardware": dict, "versions": dict, "seed": int}
+FACTS = {"command": str, "hardware": dict, "versions": dict}
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "task": str,
     "model": str,
@@ -142,6 +142,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "scored": int,
     "plan": dict,
     "precision": str,
+    "seed": int,
     "commit": str,
     **FACTS,
 }
@@ -526,60 +527,14 @@ def bag(found: list[Entry]) -> Iterator[str]:
     rows = [
         [
             kind,
+            f"{runs[0]['features']:,}",
             f"{runs[0]['examples']:,}",
             percent(runs, "scores", "accuracy"),
         ]
         for kind, runs in by(found, "words in a row").items()
     ]
-    yield from table(["words in a row, at most", "examples", "accuracy"], rows)
-    yield from (source(found), "")
-
-
-def few(found: list[Entry]) -> Iterator[str]:
-    """Yield what little data do."""
-    yield from (f"## SST-2 from {found[0]['examples']:,} examples", "")
-    yield (
-        "Training on few examples depends on the seed. With Adam's correction "
-        "of the bias, without it, and with more steps; accuracy in points. The "
-        "chapter is [Classification](../notebooks/17_classification.ipynb)."
-    )
-    yield ""
-    rows = []
-    for kind, runs in by(found, "setting").items():
-        scores = [100 * run["scores"]["accuracy"] for run in runs]
-        least, most = f"{min(scores):.2f}", f"{max(scores):.2f}"
-        steps = unique(str(run["steps"]) for run in runs)
-        rows.append([kind, steps, str(len(runs)), spread(scores), least, most])
-    head = ["setting", "steps", "seeds", "accuracy", "least", "most"]
+    head = ["words in a row, at most", "features", "examples", "accuracy"]
     yield from table(head, rows)
-    yield from (source(found), "")
-
-
-def segments(found: list[Entry]) -> Iterator[str]:
-    """Yield what the segments do."""
-    yield from (f"## STS-B from {found[0]['examples']:,} pairs: segments", "")
-    yield (
-        "With the two segments, and with segment A for every token; Spearman's "
-        "correlation in points, with the texts of a test pair in their order, "
-        "turned, and for the mean of both answers; and how far an answer moves "
-        "on the scale from 0 to 5. The chapter is "
-        "[Pairs](../notebooks/18_pairs.ipynb)."
-    )
-    yield ""
-    rows = [
-        [
-            kind,
-            str(len(runs)),
-            *(
-                percent(runs, name, "spearman")
-                for name in ("scores", "turned", "mean of both")
-            ),
-            spread([run["mean move"] for run in runs]),
-        ]
-        for kind, runs in by(found, "segments").items()
-    ]
-    head = ["segments", "seeds", "in order", "turned", "mean of both"]
-    yield from table([*head, "moves by"], rows)
     yield from (source(found), "")
 
 
@@ -589,7 +544,7 @@ TAGGERS: dict[str, Part] = {
     "cluener": cluener,
     "dictionary": dictionary,
 }
-CLASSIFIERS: dict[str, Part] = {"bag": bag, "few": few, "segments": segments}
+BASELINES: dict[str, Part] = {"bag of words": bag}
 
 
 def leaves(entry: Entry, above: str = "") -> Iterator[tuple[str, str]]:
@@ -691,7 +646,7 @@ def page(folder: Path = RUNS) -> str:
         "",
         *fine_tuning(folder / "fine-tuning.jsonl"),
         *parts(folder / "taggers.jsonl", "question", TAGGERS),
-        *parts(folder / "classifiers.jsonl", "experiment", CLASSIFIERS),
+        *parts(folder / "bag-of-words.jsonl", "by", BASELINES),
         *speed(folder / "fine-tuning-speed.json", "Speed of fine-tuning", race),
         *speed(folder / "inference-cpu.json", "Speed of inference", figures),
     ]

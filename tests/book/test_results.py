@@ -193,20 +193,17 @@ def test_the_other_records_come_when_they_are_there(
             | FACTS,
             to="taggers.jsonl",
         )
-        add(
-            {"experiment": "few", "examples": 200, "setting": "corrected"}
-            | {"steps": 20, "scores": {"accuracy": share}}
-            | FACTS,
-            to="classifiers.jsonl",
-        )
+    add(
+        {"by": "bag of words", "words in a row": 2, "features": 5000}
+        | {"examples": 67349, "scores": {"accuracy": 0.8}}
+        | {**FACTS, "seed": None},
+        to="bag-of-words.jsonl",
+    )
     text = results.page(tmp_path)
     assert rows(text, "every") == [
         ["every", "2", "60.00 ± 14.14", "40.00 ± 0.00", "10", "2,000"]
     ]
-    assert rows(text, "corrected") == [
-        ["corrected", "20", "2", "60.00 ± 14.14", "50.00", "70.00"]
-    ]
-    assert "## SST-2 from 200 examples" in text
+    assert rows(text, "2") == [["2", "5,000", "67,349", "80.00"]]
     assert text.startswith(bare.rstrip())
     add({"question": "pieces", "labels": "x", **FACTS}, to="taggers.jsonl")
     with pytest.raises(results.RecordError, match="'pieces' does not fit"):
