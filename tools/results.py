@@ -390,14 +390,15 @@ def fine_tuning(path: Path) -> Iterator[str]:
         "mean ± deviation of the sample (number of seeds). "
         "**bertnb** is `bertnb.fine_tune`; Trainer is `transformers.Trainer` "
         "with the same weights, examples and hyper-parameters, but its own "
-        "tokenizer, heads, padding and loop. Both are scored with the weights "
-        "after the last step.",
+        "tokenizer, heads, padding and loop; of questions it knows no windows "
+        "and no choice of spans, so both sides have ours. Both are scored with "
+        "the weights after the last step.",
         "",
         *summary(groups),
         f"The column of {MODELS[COLAB]} is filled by one command on a machine "
         "with a GPU and a network, such as Colab, from a clone of the "
         "repository and with `BERTNB_DATA` unset, so that weights and sets "
-        "come by name from the hub:",
+        "come by name from the hub (wikigold is not there, and is left out):",
         "",
         "```bash",
         COMMAND,
@@ -604,6 +605,44 @@ def race(result: Entry) -> Iterator[str]:
     yield from table([*head, "examples a CPU second", "ours is"], rows)
 
 
+INFERENCE = {
+    "texts": "Vectors for {texts} texts of mixed lengths, {tokens:,} tokens, "
+    "from all-MiniLM-L6-v2",
+    "int8": "The hidden states of {layers} layers of BERT-base, rows x tokens "
+    "{shape}",
+}
+
+
+def inference(result: Entry) -> Iterator[str]:
+    """Yield the speed of embedding, beside others."""
+    if result["what"] not in INFERENCE:
+        yield from figures(result)
+        return
+    first = next(iter(result["peers"]))
+    yield (
+        f"{INFERENCE[result['what']].format(**result)}; threads: "
+        f"{result['threads']}, {result['rounds']} rounds in which the sides "
+        f"take turns. How many times as long as {first} each takes, median and "
+        "quartiles; and how far its vectors are off, relative to their length "
+        "and at most in a component."
+    )
+    yield ""
+    rows = []
+    for name, peer in result["peers"].items():
+        times, error = result["compared"].get(name), result["errors"].get(name)
+        ratio = "{ratio:.2f} ({quartile_1:.2f} to {quartile_3:.2f})"
+        gap = "{relative_error:.2g}, {largest_difference:.1g}"
+        rows.append(
+            [
+                name,
+                f"{peer['tokens_per_second']:,}",
+                ratio.format(**times) if times else "1",
+                gap.format(**error) if error else "",
+            ]
+        )
+    yield from table(["side", "tokens a second", "takes", "off by"], rows)
+
+
 def figures(result: Entry) -> Iterator[str]:
     """Yield all figures of a result that has no form of its own."""
     rows = list(table(["figure", "value"], list(leaves(result))))
@@ -648,7 +687,7 @@ def page(folder: Path = RUNS) -> str:
         *parts(folder / "taggers.jsonl", "question", TAGGERS),
         *parts(folder / "bag-of-words.jsonl", "by", BASELINES),
         *speed(folder / "fine-tuning-speed.json", "Speed of fine-tuning", race),
-        *speed(folder / "inference-cpu.json", "Speed of inference", figures),
+        *speed(folder / "inference-cpu.json", "Speed of inference", inference),
     ]
     return "\n".join(lines).rstrip() + "\n"
 

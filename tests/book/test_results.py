@@ -211,10 +211,20 @@ def test_the_other_records_come_when_they_are_there(
 
 
 def test_a_record_of_speed_is_shown(tmp_path: Path) -> None:
+    peers = {"ours": {"tokens_per_second": 3000}}
+    peers["other"] = {"tokens_per_second": 1500}
     result = {"command": "b.py", "what": "race", "ratio": {"bertnb": 1.5123}}
+    timed = {"what": "texts", "texts": 200, "tokens": 9000, "threads": 1}
+    timed |= {"rounds": 9, "peers": peers}
+    ratio = {"ratio": 2.0, "quartile_1": 1.9, "quartile_3": 2.1}
+    timed["compared"] = {"other": ratio}
+    gap = {"relative_error": 2e-7, "largest_difference": 1e-6}
+    timed["errors"] = {"ours": gap}
     file = tmp_path / "inference-cpu.json"
-    file.write_text(json.dumps({"facts": FACTS, "results": [result]}))
+    file.write_text(json.dumps({"facts": FACTS, "results": [timed, result]}))
     text = results.page(tmp_path)
+    assert rows(text, "ours") == [["ours", "3,000", "1", "2e-07, 1e-06"]]
+    assert rows(text, "other") == [["other", "1,500", "2.00 (1.90 to 2.10)"]]
     assert rows(text, "ratio, bertnb") == [["ratio, bertnb", "1.512"]]
     file.write_text("{}")
     with pytest.raises(
