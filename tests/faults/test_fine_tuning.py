@@ -1,0 +1,295 @@
+"""Fine-tuning that is killed, stopped or damaged: the same weights at the end.
+
+With dropout on, so that the random numbers must go on, too.
+"""
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import bertnb.fine_tuning
+from bertnb import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertnbError,
+    FineTuneConfig,
+    SequenceRegression,
+    Shuffled,
+    TextExample,
+    WordPieceTokenizer,
+    fine_tune,
+    fine_tune_seeds,
+    load_for_task,
+    locked,
+)
+
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] good bad fine film was the ##s".split()
+TOKENIZER = WordPieceTokenizer({word: i for i, word in enumerate(WORDS)})
+TINY = BertConfig(
+    vocab_size=len(WORDS),
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=16,
+    max_position_embeddings=16,
+    initializer_range=0.3,
+)
+EXAMPLES = [
+    TextExample(" ".join(WORDS[5 + i % 6 :][: 1 + i % 4]), i * 7 % 13 / 10)
+    for i in range(28)
+]
+TASK = SequenceRegression(EXAMPLES[:20], EXAMPLES[20:])
+
+
+@pytest.fixture
+def config(tmp_path):
+    return FineTuneConfig(
+        output_dir=str(tmp_path / "run"),
+        epochs=1,
+        batch_size=8,
+        learning_rate=1e-2,
+        max_length=10,
+        min_steps=20,
+        eval_every=4,
+        frozen_layers=0,
+        layer_decay=0.9,
+        device="cpu",
+        precision="float32",
+    )
+
+
+def new(config=TINY):
+    torch.manual_seed(0)
+    return BertForSequenceClassification(config, num_labels=1)
+
+
+def tune(config, task=TASK, model=None):
+    model = new() if model is None else model
+    return fine_tune(task, model, TOKENIZER, config, progress=False)
+
+
+def whole(config):
+    """Return a run that nothing has stopped."""
+    return tune(replace(config, output_dir=None))
+
+
+def same(first, second):
+    one, two = first.state_dict(), second.state_dict()
+    return all(torch.equal(one[name], two[name]) for name in one)
+
+
+def scores(result):
+    """Return the records without the time they took."""
+    return [
+        {k: v for k, v in record.items() if k != "seconds"}
+        for record in result.records
+    ]
+
+
+def at(monkeypatch, step, act):
+    """Act when the loop has taken this step and begins the next; once."""
+    train = bertnb.fine_tuning.train
+
+    def until(*arguments):
+        for report in train(*arguments):
+            yield report
+            if report.step == step:
+                monkeypatch.setattr(bertnb.fine_tuning, "train", train)
+                act()
+
+    monkeypatch.setattr(bertnb.fine_tuning, "train", until)
+
+
+def fail():
+    raise OSError("the power failed")
+
+
+def checkpoint(config):
+    (file,) = Path(config.output_dir, "checkpoints").glob("step-*.pt")
+    return file
+
+
+@pytest.mark.parametrize("step", [1, 5, 7, 18])
+def test_killed_and_continued_is_the_whole_run(config, monkeypatch, step):
+    expected = whole(config)
+    at(monkeypatch, step, fail)
+    with pytest.raises(OSError, match="the power failed"):
+        tune(config)
+    torch.manual_seed(77)  # another process has other random numbers
+    result = tune(config)
+    assert same(result.model, expected.model)
+    assert scores(result) == scores(expected)
+    assert result.best["step"] == expected.best["step"]
+    log = Path(config.output_dir, "log.jsonl").read_text("utf-8").splitlines()
+    facts, *records = map(json.loads, log)
+    assert facts["resumed_at"] == ([] if step < 4 else [(step + 1) // 4 * 4])
+    assert records == result.records
+
+
+def test_killed_twice(config, monkeypatch):
+    for step in (6, 13):
+        at(monkeypatch, step, fail)
+        with pytest.raises(OSError, match="the power failed"):
+            tune(config)
+    assert same(tune(config).model, whole(config).model)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("step", [0, 6, 7, 17])
+def test_a_signal_stops_between_two_steps(config, monkeypatch, name, step):
+    at(monkeypatch, step, lambda: signal.raise_signal(getattr(signal, name)))
+    stopped = tune(config)
+    assert stopped.stopped == name
+    assert f"step-{step + 2:09}-" in checkpoint(config).name
+    result, expected = tune(config), whole(config)
+    assert result.stopped is None
+    assert same(result.model, expected.model)
+    assert scores(result) == scores(expected)
+
+
+def test_a_signal_at_the_last_step_changes_nothing(config, monkeypatch):
+    expected = whole(config)
+    evaluate = bertnb.fine_tuning.FineTuningRun.evaluate
+
+    def last(run, seconds):
+        evaluate(run, seconds)
+        if run.done == run.total:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(bertnb.fine_tuning.FineTuningRun, "evaluate", last)
+    result = tune(config)
+    assert result.stopped is None
+    assert same(result.model, expected.model)
+
+
+def test_a_signal_ends_a_report_over_seeds(config, monkeypatch, tmp_path):
+    new().bert.save_pretrained(tmp_path / "start")
+    TOKENIZER.save_pretrained(tmp_path / "start")
+    at(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM with seed 3"):
+        fine_tune_seeds(TASK, tmp_path / "start", config, (3, 4), False)
+    assert not Path(config.output_dir, "seed-4").exists()
+    report = fine_tune_seeds(TASK, tmp_path / "start", config, (3, 4), False)
+    free = replace(config, output_dir=None)
+    assert report == fine_tune_seeds(
+        TASK, tmp_path / "start", free, (3, 4), False
+    )
+
+
+def test_a_finished_run_is_not_done_again(config, monkeypatch):
+    first = tune(config)
+    monkeypatch.setattr(Shuffled, "batch", lambda *_: fail())
+    again = tune(config)
+    assert same(first.model, again.model)
+    assert scores(first) == scores(again)
+
+
+def test_patience_may_change_when_a_run_goes_on(config):
+    expected = whole(config)
+    first = tune(replace(config, patience=1, learning_rate=1e-2))
+    assert first.stopped == "patience"
+    assert len(first.records) < len(expected.records)
+    again = tune(replace(config, patience=1))
+    assert (again.stopped, scores(again)) == ("patience", scores(first))
+    assert same(first.model, again.model)
+    assert same(tune(config).model, expected.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", 2e-2),
+        ("min_steps", 30),
+        ("seed", 1),
+        ("frozen_layers", None),
+        ("layer_decay", 1.0),
+    ],
+)
+def test_another_configuration_is_refused(config, name, value):
+    tune(config)
+    before = checkpoint(config).read_bytes()
+    was = getattr(config, name)
+    with pytest.raises(BertnbError) as caught:
+        tune(replace(config, **{name: value}))
+    message = str(caught.value)
+    assert f"{name} was {was!r} and is {value!r}" in message
+    assert config.output_dir in message
+    assert "Choose another output_dir, or delete it" in message
+    assert checkpoint(config).read_bytes() == before
+
+
+def test_other_rows_metrics_and_models_are_refused(config):
+    tune(config)
+    changed = [TextExample("good", 0.5), *EXAMPLES[1:20]]
+    for task, what in (
+        (replace(TASK, training=changed), "digests of the rows was"),
+        (replace(TASK, validation=EXAMPLES[:20]), "digests of the rows was"),
+        (replace(TASK, metric="pearson"), "metric was 'spearman' and is"),
+    ):
+        with pytest.raises(BertnbError, match=what):
+            tune(config, task)
+    wider = new(replace(TINY, hidden_size=12))
+    with pytest.raises(BertnbError, match=r"model was .*'hidden_size': 8"):
+        tune(config, model=wider)
+
+
+def test_a_damaged_checkpoint_is_not_taken(config):
+    tune(config)
+    path = checkpoint(config)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(BertnbError, match=r"every checkpoint .* is damaged"),
+    ):
+        tune(config)
+    assert path.with_suffix(".damaged").read_bytes() == content
+
+
+def test_a_folder_has_one_writer(config):
+    with (
+        locked(config.output_dir),
+        pytest.raises(BertnbError, match="another process is writing to"),
+    ):
+        tune(config)
+    model = BertForSequenceClassification(TINY, num_labels=2)
+    elsewhere = replace(config, output_dir=config.output_dir + "-new")
+    with pytest.raises(ValueError, match="num_labels=2"):
+        tune(elsewhere, model=model)
+    assert not Path(elsewhere.output_dir).exists()  # nothing began
+
+
+def test_a_loss_that_is_not_a_number_harms_no_weights(config, monkeypatch):
+    """The model has the weights before that step, the folder the best."""
+    expected = whole(config)
+    batch = Shuffled.batch
+
+    def poisoned(rows, step):
+        made = batch(rows, step)
+        if step == 10:
+            made["labels"][0] = float("nan")
+        return made
+
+    monkeypatch.setattr(Shuffled, "batch", poisoned)
+    model = new()
+    with pytest.raises(FloatingPointError, match="loss is nan at step 10"):
+        tune(config, model=model)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    assert not model.training
+    monkeypatch.undo()
+    log = Path(config.output_dir, "log.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in log[1:]] == [4, 8]
+    stored, _ = load_for_task(TASK, config.output_dir)
+    assert all(p.isfinite().all() for p in stored.parameters())
+    at(monkeypatch, 8, lambda: signal.raise_signal(signal.SIGTERM))
+    ten = tune(replace(config, output_dir=None))  # stops behind ten steps
+    assert ten.stopped == "SIGTERM"
+    assert same(model, ten.model)
+    result = tune(config)  # the batches are whole again
+    assert same(result.model, expected.model)
