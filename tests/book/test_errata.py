@@ -56,24 +56,22 @@ def test_every_row_was_read() -> None:
 
 
 @each_row
-def test_the_row_has_a_proof_or_says_where_it_will_come(row: Row) -> None:
+def test_the_row_has_a_proof(row: Row) -> None:
     links, proofs = row.place.split("): ", 1)
     chapters = re.findall(r"\]\(\.\./notebooks/(\w+)\.ipynb", links + ")")
     assert chapters
     parts = set().union(*map(headings, chapters))
-    for proof in re.split(r", (?=`|\"|to come)", proofs):
+    for proof in re.split(r', (?=`|")', proofs):
         if match := re.fullmatch(r"`(tests/\w+/test_\w+\.py)::(\w+)`", proof):
             assert match[2] in functions(match[1]), proof
-        elif proof.startswith('"'):
-            assert proof.strip('"') in parts, proof
         else:
-            assert re.fullmatch(r"to come: issue [45]", proof), proof
+            assert proof.startswith('"'), proof
+            assert proof.strip('"') in parts, proof
 
 
 @each_row
-def test_the_row_says_what_we_do_unless_it_is_to_come(row: Row) -> None:
-    assert row.ours != "–" or "to come: issue" in row.place
-    assert row.original != "–" or row.others != "–" or row.ours != "–"
+def test_the_row_says_what_we_do(row: Row) -> None:
+    assert row.ours != "–"
 
 
 def test_the_page_is_in_the_book() -> None:

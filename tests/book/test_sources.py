@@ -26,7 +26,7 @@ KINDS = {
     "O": "outlook",
 }
 VERDICTS = ["right", "vague", "wrong"]
-TO_COME = re.compile(r"to come: (issue [345]|no issue yet)\b")
+TO_COME = re.compile(r"to come: no issue yet\b")
 TEXT = PAGE.read_text(encoding="utf-8")
 
 
