@@ -278,6 +278,13 @@ def test_the_model_must_have_the_labels_of_the_task():
     assert len(predict(task, model, TOKENIZER, [TokenExample(("a",))])) == 1
 
 
+def test_words_without_tags_have_no_targets():
+    task = TokenClassification(labels=NAMES)
+    (row,) = task.rows([TokenExample(("a", "bc"))], TOKENIZER, 8)
+    assert row.targets == {}
+    assert row.origins == (None, 0, 1, None, None)
+
+
 def test_no_row_without_room_for_a_word():
     with pytest.raises(ValueError, match="max_length=2"):
         TokenClassification(labels=NAMES).rows([], TOKENIZER, 2)
