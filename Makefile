@@ -17,12 +17,13 @@ help: ## list what can be made
 book: $(READY) ## execute every notebook afresh and render the book
 	@echo "== 1/4 Is the package what the notebooks say?"
 	@$(PY) tools/extract.py --check
-	@echo "== 2/4 MathJax; the ledger: has each equation of the package a test?"
+	@echo "== 2/4 MathJax; the ledger: has each equation of the package a test? The results"
 	@rm -rf $(SOURCE) $(HTML)
 	@mkdir -p $(SOURCE)
 	@$(PY) tools/vendor.py
 	@cp -R _config.yml _toc.yml index.md book $(SOURCE)
 	@$(PY) tools/ledger.py --into $(SOURCE)/book
+	@$(PY) tools/results.py --into $(SOURCE)/book
 	@echo "== 3/4 Executing the notebooks (some minutes)"
 	@$(PY) tools/nb.py --into $(SOURCE)/notebooks
 	@echo "== 4/4 Rendering, any warning is an error"
