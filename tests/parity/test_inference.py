@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 from transformers import BertForMaskedLM as Peer
+from transformers import BertForNextSentencePrediction as PeerNext
 from transformers import BertModel as PeerModel
 from transformers import BertTokenizerFast, pipeline
 
@@ -26,6 +27,7 @@ from bertnb import (
     evaluating,
     fill_mask,
     length_batches,
+    next_sentence_probability,
     pool,
 )
 
@@ -220,6 +222,21 @@ def test_blanks_are_filled_as_by_the_pipeline(presidents, peer, head, text):
                 assert a.keys() == b.keys()
                 assert a.pop("score") == pytest.approx(b.pop("score"), abs=1e-5)
                 assert a == b
+
+
+@pytest.mark.equation("9.2")
+def test_what_follows_is_scored_as_by_transformers(
+    presidents, tmp_path, measured
+):
+    _, tokenizer = presidents
+    ours = BertForPreTraining.from_pretrained(book_model())
+    ours.save_pretrained(tmp_path)
+    theirs = PeerNext.from_pretrained(tmp_path).eval()
+    others = [TEXTS[4], TEXTS[0], "", TEXTS[1], TEXTS[2]]
+    with torch.no_grad():
+        logits = theirs(**tokenizer(TEXTS, others)).logits
+    found = next_sentence_probability(ours, tokenizer, TEXTS, others)
+    measured((found - logits.softmax(-1)[:, 0]).numpy(), 1e-5)
 
 
 @pytest.fixture(scope="module")

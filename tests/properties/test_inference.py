@@ -20,7 +20,9 @@ from bertnb import (
     embed,
     evaluating,
     fill_mask,
+    inference,
     length_batches,
+    next_sentence_probability,
     pool,
 )
 
@@ -291,6 +293,139 @@ def test_batches_are_no_wider_than_their_longest_row(monkeypatch):
     monkeypatch.setattr(BertModel, "forward", spy)
     embed(MODEL, TOKENIZER, ["a", "the cat sat", "dog", "a a"], batch_size=2)
     assert seen == [(2, 5), (2, 3)]
+
+
+@few
+@given(
+    st.lists(st.integers(1, 9), max_size=12),
+    st.integers(1, 5),
+    st.integers(1, 20),
+)
+def test_batches_hold_no_more_positions_than_asked(lengths, size, positions):
+    batches = length_batches(lengths, size, positions)
+    rows = [row for batch in batches for row in batch]
+    assert [lengths[r] for r in rows] == sorted(lengths, reverse=True)
+    assert sorted(rows) == list(range(len(lengths)))
+    for batch in batches:
+        width = max(lengths[r] for r in batch)
+        assert len(batch) == 1 or len(batch) * width <= positions
+        assert len(batch) <= size
+        # no row more would have fitted
+        full = (len(batch) + 1) * width > positions or len(batch) == size
+        assert full or batch is batches[-1]
+
+
+def test_a_batch_has_room_for_a_position_at_least():
+    with pytest.raises(ValueError, match=r"max_positions=0.*1 or more"):
+        length_batches([1], 1, 0)
+
+
+def test_batches_are_filled_by_positions_and_masked_only_where_padded(
+    monkeypatch,
+):
+    seen = []
+    forward = BertModel.forward
+
+    def spy(self, ids, mask, **options):
+        seen.append((tuple(ids.shape), mask is None))
+        return forward(self, ids, mask, **options)
+
+    monkeypatch.setattr(BertModel, "forward", spy)
+    monkeypatch.setitem(inference.BATCH_POSITIONS, "cpu", 10)
+    texts = ["a", "the cat sat", "dog", "a a", "sun", ""]
+    embed(MODEL, TOKENIZER, texts)  # of 3, 5, 3, 4, 3 and 2 tokens
+    assert seen == [((2, 5), False), ((3, 3), True), ((1, 2), True)]
+
+
+def test_only_the_first_place_of_the_last_layer_is_computed_for_cls(
+    monkeypatch,
+):
+    seen = []
+    last = MODEL.encoder.layer[-1]
+    forward = last.forward
+
+    def spy(*arguments):
+        seen.append(forward(*arguments)[0].shape)
+        return forward(*arguments)
+
+    monkeypatch.setattr(last, "forward", spy)
+    embed(MODEL, TOKENIZER, "the cat sat", "cls")
+    embed(MODEL, TOKENIZER, "the cat sat", "cls", layers=(-1, 0))
+    assert [shape[1] for shape in seen] == [2, 5]  # to pool, and to return
+
+
+# what stands in files: letters, spaces, controls, halves of pairs
+anything = st.text(
+    st.characters() | st.characters(categories=["Cc", "Cs", "Zs", "Co"]),
+    max_size=30,
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(anything, st.sampled_from(POOLINGS))
+def test_any_text_has_a_vector_or_a_clear_error(text, pooling):
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        with pytest.raises(ValueError, match=r"texts\[1\].*surrogate"):
+            embed(MODEL, TOKENIZER, ["cat", text], max_length=16)
+        with pytest.raises(ValueError, match="surrogate"):
+            fill_mask(FILLER, TOKENIZER, text + "[MASK]")
+        return
+    found = embed(MODEL, TOKENIZER, ["cat", text], pooling, max_length=16)
+    assert found.isfinite().all()
+    close(found[:1], embed(MODEL, TOKENIZER, "cat", pooling))
+    if not TOKENIZER.tokenize(text):
+        close(found[1:], embed(MODEL, TOKENIZER, "", pooling))
+    if len(TOKENIZER.tokenize(text)) <= 13:
+        scores = fill_mask(FILLER, TOKENIZER, text + " [MASK]", top_k=2)
+        assert 0 < scores[1]["score"] <= scores[0]["score"] < 1
+
+
+@pytest.mark.parametrize("letter", ["a", "cat ", " ", "\x00", "\u4e00"])
+def test_a_hundred_thousand_characters(letter):
+    long = letter * (100_000 // len(letter))
+    pieces = len(TOKENIZER.tokenize(long))
+    if pieces <= 14:  # nothing, or one word that is unknown
+        few_tokens = "a" * 200 if pieces else ""
+        close(
+            embed(MODEL, TOKENIZER, long), embed(MODEL, TOKENIZER, few_tokens)
+        )
+        return
+    with pytest.raises(ValueError, match=rf"{pieces + 2} tokens.*at most"):
+        embed(MODEL, TOKENIZER, long)
+    assert embed(MODEL, TOKENIZER, long, max_length=16).isfinite().all()
+    with pytest.raises(ValueError, match=rf"{pieces + 3} tokens.*at most"):
+        fill_mask(FILLER, TOKENIZER, long + " [MASK]")
+
+
+def test_what_follows_is_scored_pair_by_pair():
+    model = seeded(BertForNextSentencePrediction)
+    firsts, seconds = ["the cat sat", "dogs", ""], ["on the mat", "", "sun"]
+    found = next_sentence_probability(model, TOKENIZER, firsts, seconds)
+    for first, second, p in zip(firsts, seconds, found, strict=True):
+        batch = TOKENIZER(first, second)
+        with torch.no_grad():
+            logits = model(**batch).logits
+        close(logits.softmax(-1)[0, 0], p)
+        one = next_sentence_probability(model, TOKENIZER, first, second)
+        close(one[0], p)
+    assert found.std() > 1e-3
+    both = seeded(BertForPreTraining)
+    both.bert.load_state_dict(model.bert.state_dict())
+    both.next_sentence.load_state_dict(model.next_sentence.state_dict())
+    close(next_sentence_probability(both, TOKENIZER, firsts, seconds), found)
+    assert next_sentence_probability(model, TOKENIZER, [], []).shape == (0,)
+
+
+def test_pairs_that_cannot_be_scored_are_named():
+    model = seeded(BertForNextSentencePrediction)
+    with pytest.raises(TypeError, match=r"BertModel.*next-sentence head"):
+        next_sentence_probability(MODEL, TOKENIZER, "a", "a")
+    with pytest.raises(ValueError, match=r"first has 2.*second 1"):
+        next_sentence_probability(model, TOKENIZER, ["a", "a"], "a")
+    with pytest.raises(ValueError, match=r"17 tokens.*embeddings=16"):
+        next_sentence_probability(model, TOKENIZER, "a " * 7, "a " * 7)
+    with pytest.raises(TypeError, match=r"second\[0\].*int"):
+        next_sentence_probability(model, TOKENIZER, ["a"], [7])
 
 
 def test_cosines_lie_between_the_extremes():
