@@ -3,32 +3,38 @@
 Written by tools/extract.py from notebooks/21_command_line.md: edit that notebook, not this file.
 """
 
-import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from inspect import Parameter, signature
-from io import TextIOWrapper
+from collections.abc import Iterable, Iterator
 from itertools import chain, groupby
 from pathlib import Path
 from signal import Signals
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
+
+from bertnb.task_commands import task_app
+from bertnb.terminal import (
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    OutputOption,
+    load_model,
+    new_app,
+    one_line_errors,
+    open_utf8,
+    read_lines,
+    show_facts,
+    with_options,
+)
 
 __all__ = ["app", "main"]
 
 
-# %% The frame
-app = typer.Typer(
-    name="bertnb",
-    rich_markup_mode=None,
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+# %% One program
+app = new_app("bertnb")
+app.add_typer(task_app)  # finetune, evaluate, predict, answer
 
 
 def main() -> None:
@@ -59,82 +65,6 @@ def _bertnb(
     """BERT, from texts to vectors. bertnb COMMAND --help shows an example."""
     if not sys.stderr.isatty():  # in a file, a bar is a line each ten seconds
         os.environ.setdefault("TQDM_MININTERVAL", "10")
-
-
-_MISTAKES = (LookupError, AttributeError, NameError, AssertionError)
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Turn errors and warnings into one line each, on standard error."""
-    with warnings.catch_warnings():
-        warnings.showwarning = _warn
-        try:
-            yield
-        except (typer.Exit, typer.BadParameter, BrokenPipeError):
-            raise  # Typer knows what to do
-        except KeyboardInterrupt:
-            typer.echo("error: interrupted", err=True)
-            raise typer.Exit(130) from None
-        except Exception as error:
-            if os.environ.get("BERTNB_TRACEBACK") == "1":
-                raise
-            text, kind = " ".join(str(error).split()), type(error).__name__
-            if isinstance(error, _MISTAKES):
-                text = f"{kind}: {text}: a mistake in bertnb, please report it"
-            typer.echo(f"error: {text or kind}", err=True)
-            raise typer.Exit(1) from None
-
-
-def _warn(message: Warning | str, *place: Any, **more: Any) -> None:
-    typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
-
-
-def _show(facts: dict[str, Any], as_json: bool) -> None:
-    """Print a result: one JSON document, or a table of two columns."""
-    if as_json:
-        typer.echo(json.dumps(facts))
-        return
-    told = {name: value for name, value in facts.items() if value is not None}
-    width = max(map(len, told))
-    for name, value in told.items():
-        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-        if type(value) is int:
-            shown = f"{value:,}"
-        typer.echo(f"{name.replace('_', ' '):{width}}  {shown}")
-
-
-def _with_options(
-    table: dict[str, tuple[Any, str]],
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for each entry; None where it is not used."""
-
-    def extend(command: Callable[..., None]) -> Callable[..., None]:
-        plain = signature(command)
-        own = [p for p in plain.parameters.values() if p.kind != p.VAR_KEYWORD]
-        added = [
-            Parameter(
-                name,
-                Parameter.KEYWORD_ONLY,
-                default=typer.Option(None, help=help, show_default=False),
-                annotation=kind | None,
-            )
-            for name, (kind, help) in table.items()
-        ]
-        whole = plain.replace(parameters=[*own, *added])
-        command.__signature__ = whole  # type: ignore[attr-defined]
-        return command
-
-    return extend
-
-
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-_Device = Annotated[
-    str | None,
-    typer.Option(
-        help="Such as cpu or cuda:1. [default: CUDA where there is one]"
-    ),
-]
 
 
 # %% Texts in
@@ -184,7 +114,7 @@ def _documents(
 def _standard_input(blank_lines: bool) -> Iterator["Document"]:
     from bertnb.data import Document
 
-    with _utf8("-") as lines:
+    with open_utf8("-") as lines:
         if not blank_lines:
             yield Document("-", lines.read())
             return
@@ -193,42 +123,21 @@ def _standard_input(blank_lines: bool) -> Iterator["Document"]:
                 yield Document("-", "".join(part))
 
 
-@contextmanager
-def _utf8(name: str) -> Iterator[TextIO]:
-    """Open a file, or - for standard input, to read lines."""
-    given = nullcontext(sys.stdin.buffer)
-    with (
-        given if name == "-" else Path(name).open("rb") as file,
-        TextIOWrapper(file, encoding="utf-8") as lines,
-    ):
-        try:
-            yield lines
-        except UnicodeDecodeError as error:
-            what = "standard input" if name == "-" else name
-            raise ValueError(
-                f"{what} is not UTF-8 text ({error.reason}): convert it first, "
-                "as iconv does"
-            ) from error
-
-
 # %% A vocabulary, and shards
-_Output = Annotated[Path, typer.Option(help="The folder to write.")]
-
-
 @app.command("train-tokenizer")
-@_one_line_errors()
-@_with_options(_SOURCE)
+@one_line_errors()
+@with_options(_SOURCE)
 def _train_tokenizer(
     texts: _Texts = None,
     *,
-    output: _Output,
+    output: OutputOption,
     vocab_size: Annotated[
         int, typer.Option(min=6, help="The most pieces to learn.")
     ] = 30522,
     cased: Annotated[
         bool, typer.Option("--cased", help="Keep capitals and accents.")
     ] = False,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
     **source: Any,
 ) -> None:
     """Learn a WordPiece vocabulary from texts.
@@ -250,23 +159,23 @@ def _train_tokenizer(
     tokenizer.save_pretrained(output)
     facts = {"documents": len(read), "characters": characters}
     pieces = {"pieces": tokenizer.vocab_size, "output": str(output)}
-    _show(facts | pieces, as_json)
+    show_facts(facts | pieces, as_json)
 
 
 @app.command("prepare")
-@_one_line_errors()
-@_with_options(_SOURCE)
+@one_line_errors()
+@with_options(_SOURCE)
 def _prepare(
     texts: _Texts = None,
     *,
     tokenizer: Annotated[
         str, typer.Option(help="Its folder, or its name on the hub.")
     ],
-    output: _Output,
+    output: OutputOption,
     workers: Annotated[
         int, typer.Option(min=1, help="Processes that encode.")
     ] = 1,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
     **source: Any,
 ) -> None:
     """Encode a corpus once, into a folder that pretrain reads from the disk.
@@ -290,7 +199,7 @@ def _prepare(
     encoder.save_pretrained(output)  # pretrain finds it there
     facts = {"documents": len(shards), "tokens": shards.tokens}
     files = {"files": len(shards.shards), "output": str(output)}
-    _show(facts | files, as_json)
+    show_facts(facts | files, as_json)
 
 
 # %% Pretraining
@@ -349,8 +258,8 @@ _INTERRUPTED = ("SIGINT", "SIGTERM", "max_seconds", "max_tokens")
 
 
 @app.command("pretrain")
-@_one_line_errors()
-@_with_options(_SETTINGS)
+@one_line_errors()
+@with_options(_SETTINGS)
 def _pretrain(
     corpus: Annotated[
         str | None,
@@ -372,7 +281,7 @@ def _pretrain(
             show_default=False,
         ),
     ] = None,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
     **settings: Any,
 ) -> None:
     """Pretrain a BERT on a folder of texts, from nothing.
@@ -413,22 +322,22 @@ def _pretrain(
         )
         if result.stopped in _INTERRUPTED:
             facts["next"] = "the same command goes on"
-        _show(facts, as_json)
+        show_facts(facts, as_json)
     if result.stopped in ("SIGINT", "SIGTERM"):
         raise typer.Exit(128 + Signals[result.stopped])
 
 
 # %% How fast is this machine?
 @app.command("bench")
-@_one_line_errors()
+@one_line_errors()
 def _bench(
     size: Annotated[_Size, typer.Option(help="The model.")] = "tiny",
     vocab_size: Annotated[int, typer.Option(help="Pieces.")] = 8192,
     sequence_length: Annotated[int, typer.Option(help="Tokens a row.")] = 128,
     batch_size: Annotated[int, typer.Option(help="Rows.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 10,
-    device: _Device = None,
-    as_json: _Json = False,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure a training step and a forward pass on this machine.
 
@@ -444,47 +353,21 @@ def _bench(
     speed = measure_speed(
         config, sequence_length, batch_size, rounds, device, progress=True
     )
-    _show({"model": size} | speed, as_json)
+    show_facts({"model": size} | speed, as_json)
 
 
 # %% A model at work
-_Model = Annotated[
-    str | None,
-    typer.Option(
-        help="A folder, or a name on the hub. [default: the small model that "
-        "comes with bertnb]",
-        show_default=False,
-    ),
-]
-
-
-def _load(kind: Any, model: str | None, device: str | None) -> tuple[Any, Any]:
-    """Return a model of a class, on its device, and its tokenizer."""
-    from bertnb.optimization import pick_device
-    from bertnb.pretraining import book_model
-    from bertnb.tokenization import WordPieceTokenizer
-
-    folder = model or book_model()
-    tokenizer = WordPieceTokenizer.from_pretrained(folder)
-    return kind.from_pretrained(folder).to(pick_device(device)), tokenizer
-
-
-def _lines(name: str) -> list[str]:
-    with _utf8(name) as lines:
-        return [line.removesuffix("\n") for line in lines]
-
-
 @app.command("fill-mask")
-@_one_line_errors()
+@one_line_errors()
 def _fill_mask(
     texts: Annotated[
         list[str],
         typer.Argument(help="Texts with [MASK] in them.", show_default=False),
     ],
-    model: _Model = None,
+    model: ModelOption = None,
     top_k: Annotated[int, typer.Option(help="Words for each [MASK].")] = 5,
-    device: _Device = None,
-    as_json: _Json = False,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Say which words may stand where a text has [MASK].
 
@@ -495,21 +378,21 @@ def _fill_mask(
     from bertnb.inference import fill_mask
     from bertnb.masked_lm import BertForMaskedLM
 
-    network, tokenizer = _load(BertForMaskedLM, model, device)
+    network, tokenizer = load_model(BertForMaskedLM, model, device)
     found: list[dict[str, Any]] = []
-    for text in _lines("-") if texts == ["-"] else texts:
+    for text in read_lines("-") if texts == ["-"] else texts:
         words = fill_mask(network, tokenizer, text, top_k)
         masks = words if isinstance(words[0], list) else [words]
         found.append({"text": text, "masks": masks})
     if as_json:
-        _show({"texts": found}, True)
+        show_facts({"texts": found}, True)
         return
     for word in (w for one in found for mask in one["masks"] for w in mask):
         typer.echo(f"{word['score']:.3f}  {word['sequence']}")
 
 
 @app.command("embed")
-@_one_line_errors()
+@one_line_errors()
 def _embed(
     files: Annotated[
         list[str],
@@ -522,7 +405,7 @@ def _embed(
         Path | None,
         typer.Option(help="A file .npy for the rows, of float32."),
     ] = None,
-    model: _Model = None,
+    model: ModelOption = None,
     pooling: Annotated[
         Literal["mean", "cls", "max"], typer.Option(help="Of the tokens.")
     ] = "mean",
@@ -532,8 +415,8 @@ def _embed(
     max_length: Annotated[
         int | None, typer.Option(help="Cut to so many tokens. [default: never]")
     ] = None,
-    device: _Device = None,
-    as_json: _Json = False,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Turn each line of text into a vector.
 
@@ -549,8 +432,8 @@ def _embed(
 
     if output is None and not as_json:
         raise typer.BadParameter("where to? Give --output or --json")
-    network, tokenizer = _load(BertModel, model, device)
-    texts = [line for file in files for line in _lines(file)]
+    network, tokenizer = load_model(BertModel, model, device)
+    texts = [line for file in files for line in read_lines(file)]
     if not texts:
         raise ValueError("there is no line of text to embed")
     parts = [
@@ -571,7 +454,7 @@ def _embed(
     else:
         np.save(output, vectors)
         facts["output"] = str(output)
-    _show(facts, as_json)
+    show_facts(facts, as_json)
 
 
 _Class = Literal[
@@ -586,7 +469,7 @@ _Class = Literal[
 
 
 @app.command("convert")
-@_one_line_errors()
+@one_line_errors()
 def _convert(
     source: Annotated[
         str,
@@ -596,7 +479,7 @@ def _convert(
             show_default=False,
         ),
     ],
-    output: _Output,
+    output: OutputOption,
     model_class: Annotated[
         _Class | None,
         typer.Option(
@@ -608,7 +491,7 @@ def _convert(
     cased: Annotated[
         bool, typer.Option("--cased", help="Its words have capitals.")
     ] = False,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write any BERT as safetensors in Hugging Face's layout.
 
@@ -639,4 +522,4 @@ def _convert(
         warnings.warn(f"{folder} has no vocabulary: none written", stacklevel=1)
     count = sum(parameter.numel() for parameter in model.parameters())
     facts = {"model": name, "parameters": count, "output": str(output)}
-    _show(facts, as_json)
+    show_facts(facts, as_json)

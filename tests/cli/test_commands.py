@@ -22,8 +22,9 @@ from bertnb.engine import PretrainResult
 from bertnb.recipe import PretrainConfig
 
 COMMANDS = (
-    "train-tokenizer prepare pretrain bench fill-mask embed convert".split()
-)
+    "train-tokenizer prepare pretrain bench fill-mask embed convert "
+    "finetune evaluate predict answer"
+).split()
 SMALL = {  # a model that learns nothing, quickly
     "vocab_size": 300,
     "hidden_size": 16,

@@ -53,7 +53,7 @@ def test_help_loads_nothing_that_is_slow() -> None:
         "import sys; from typer.testing import CliRunner; "
         "from bertnb.cli import app; "
         "done = [CliRunner().invoke(app, [*a.split(), '--help']).exit_code "
-        "for a in ('', 'pretrain', 'prepare', 'bench', 'convert')]; "
+        "for a in ('', 'pretrain', 'prepare', 'bench', 'finetune')]; "
         "slow = 'torch', 'numpy', 'tokenizers', 'rich', 'tqdm'; "
         "print(done, [m for m in slow if m in sys.modules])"
     )
