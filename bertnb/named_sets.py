@@ -1,4 +1,4 @@
-"""Sets by name.
+"""Standard sets by name.
 
 Written by tools/extract.py from notebooks/16_named_sets.md: edit that notebook, not this file.
 """
@@ -24,10 +24,10 @@ from bertnb.examples import (
     to_iob2,
 )
 
-__all__ = ["load_examples"]
+__all__ = ["NAMED_SETS", "load_examples"]
 
 
-# %% Load
+# %% The code
 _SENTIMENT = ("negative", "positive")
 _INFERENCE = ("entailment", "neutral", "contradiction")
 _WNUT = (
@@ -44,10 +44,11 @@ _WNUT_TAGS = ("O", *(f"{b}-{kind}" for kind in _WNUT for b in "BI"))
 class _Set(NamedTuple):
     """Where a set is, and how it becomes examples."""
 
+    kind: str  # what it is for
     files: dict[str, str]  # split -> its file in the folder BERTNB_DATA
     read: Callable[[Path, str], list[Any]]  # such a file, and its split
     hub: tuple[str, str | None, str | None] | None  # dataset, config, revision
-    splits: tuple[str, ...] = ()  # that the dataset has
+    splits: dict[str, str]  # split -> what the dataset calls it
     row: Callable[[dict[str, Any]], Any] = dict  # makes an example of its row
 
 
@@ -117,19 +118,23 @@ def _questions(
     files: dict[str, str], hub: str, config: str | None, *splits: str
 ) -> _Set:
     found = (hub, config, None)
-    return _Set(files, _file_questions, found, splits, _row_question)
+    same = dict(zip(splits, splits, strict=True))
+    return _Set("questions", files, _file_questions, found, same, _row_question)
 
 
-_THREE = ("train", "validation", "test")
+_TWO = {"train": "train", "validation": "validation"}
+_THREE = {**_TWO, "test": "test"}
 _SETS = {
     "sst2": _Set(
+        "classification",
         {"train": "sst2/train.tsv", "validation": "sst2/dev.tsv"},
         partial(_file_sentiment, "sentence"),
         ("stanfordnlp/sst2", None, None),
-        _THREE[:2],
+        _TWO,
         partial(_row_text, _SENTIMENT, ("sentence", "label")),
     ),
     "chnsenticorp": _Set(
+        "classification",
         {
             "train": "zh/chnsenticorp/train.tsv",
             "validation": "zh/chnsenticorp/dev.tsv",
@@ -141,6 +146,7 @@ _SETS = {
         partial(_row_text, _SENTIMENT, ("text", "label")),
     ),
     "stsb": _Set(
+        "regression",
         {
             "train": "stsb/train.tsv",
             "validation": "stsb/dev.tsv",
@@ -152,6 +158,7 @@ _SETS = {
         partial(_row_text, (), ("sentence1", "score", "sentence2")),
     ),
     "snli": _Set(
+        "classification",
         {},
         _file_tokens,
         ("stanfordnlp/snli", None, None),
@@ -159,13 +166,19 @@ _SETS = {
         partial(_row_text, _INFERENCE, ("premise", "label", "hypothesis")),
     ),
     "mnli": _Set(
+        "classification",
         {},
         _file_tokens,
         ("nyu-mll/glue", "mnli", None),
-        ("train", "validation_matched", "validation_mismatched"),
+        {
+            "train": "train",
+            "validation": "validation_matched",
+            "validation_mismatched": "validation_mismatched",
+        },
         partial(_row_text, _INFERENCE, ("premise", "label", "hypothesis")),
     ),
     "wnut17": _Set(
+        "tokens",
         {
             "train": "wnut17/wnut17train.conll",
             "validation": "wnut17/emerging.dev.conll",
@@ -178,27 +191,30 @@ _SETS = {
         _row_tokens,
     ),
     "wikigold": _Set(
+        "tokens",
         dict.fromkeys(("train", "test"), "wikigold/wikigold.conll.txt"),
         _file_wikigold,
-        None,  # on the hub it has lost its articles
+        None,  # the hub's copies have splits of their own
+        {},
     ),
     "cluener": _Set(
+        "tokens",
         {
             "train": "zh/cluener/train.json",
             "validation": "zh/cluener/dev.json",
         },
         _file_tokens,
         ("xusenlin/clue-ner", None, None),
-        _THREE[:2],
+        _TWO,
         _row_spans,
     ),
     "squad": _questions(
         {"train": "squad/train-40-articles.json.gz"},
         "rajpurkar/squad",
         None,
-        *_THREE[:2],
+        *_TWO,
     ),
-    "squad_v2": _questions({}, "rajpurkar/squad_v2", None, *_THREE[:2]),
+    "squad_v2": _questions({}, "rajpurkar/squad_v2", None, *_TWO),
     "xquad.en": _questions(
         {"validation": "xquad/xquad.en.json"},
         "google/xquad",
@@ -223,6 +239,12 @@ _SETS = {
 }
 
 
+NAMED_SETS = {  # name -> what it is for, and its splits
+    name: (found.kind, tuple({**found.files, **found.splits}))
+    for name, found in _SETS.items()
+}
+
+
 def load_examples(name: str, split: str) -> list[Any]:
     """Return a standard set, from the folder BERTNB_DATA or from the hub.
 
@@ -232,7 +254,8 @@ def load_examples(name: str, split: str) -> list[Any]:
             "wikigold", "cluener" (entities), "squad", "squad_v2", "xquad.en",
             "xquad.zh", "drcd" (questions).
         split: "train", "validation" or "test", as far as the set has them;
-            of "mnli" "validation_matched" and "validation_mismatched".
+            "validation" of "mnli" is of the genres of its training, and
+            "validation_mismatched" of others.
 
     Returns:
         list of TextExample, TokenExample or QuestionExample. In the folder
@@ -246,8 +269,8 @@ def load_examples(name: str, split: str) -> list[Any]:
     if name not in _SETS:
         raise ValueError(f"name={name!r}: expected one of {', '.join(_SETS)}")
     found = _SETS[name]
-    if split not in (splits := {*found.files, *found.splits}):
-        known = ", ".join(sorted(splits))
+    if split not in (splits := NAMED_SETS[name][1]):
+        known = ", ".join(splits)
         raise ValueError(f"split={split!r}: {name} has {known}")
     folder = os.environ.get("BERTNB_DATA")
     if folder and split in found.files:
@@ -274,7 +297,9 @@ def _from_hub(name: str, found: _Set, split: str) -> list[Any]:
         ) from error
     hub, config, revision = found.hub
     try:
-        rows = load_dataset(hub, config, split=split, revision=revision)
+        rows = load_dataset(
+            hub, config, split=found.splits[split], revision=revision
+        )
     except (OSError, RuntimeError, ValueError) as error:
         raise BertnbError(
             f"{where}: {hub} cannot be loaded ({error}): {remedy}"

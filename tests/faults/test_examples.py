@@ -19,7 +19,7 @@ from bertnb import (
     read_tokens,
     to_iob2,
 )
-from bertnb.named_sets import _SETS
+from bertnb.named_sets import NAMED_SETS
 
 TABLES = [  # name, bytes, options, line, what the message says
     ("a.csv", b"review,label\nfine,1\n", {}, 2, "no column 'text'; there are"),
@@ -272,4 +272,4 @@ def test_nothing_warns_where_nothing_is_wrong(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert read_texts(file) == [TextExample("a", "1")]
-    assert set(_SETS) >= {"sst2", "stsb", "wnut17", "squad", "mnli"}
+    assert set(NAMED_SETS) >= {"sst2", "stsb", "wnut17", "squad", "mnli"}

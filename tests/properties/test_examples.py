@@ -26,7 +26,7 @@ from bertnb import (
     span_tags,
     to_iob2,
 )
-from bertnb.named_sets import _SETS
+from bertnb.named_sets import _SETS, NAMED_SETS
 
 DATA = Path(
     os.environ.get("BERTNB_DATA", Path(__file__).parents[3] / "shared/data")
@@ -195,7 +195,7 @@ HUB = [
         [TextExample("a", "contradiction", "b")],
     ),
     (
-        ("mnli", "validation_matched"),
+        ("mnli", "validation"),
         ("nyu-mll/glue", "mnli", None),
         [{"premise": "a", "hypothesis": "b", "label": 0, "idx": 9}],
         [TextExample("a", "entailment", "b")],
@@ -261,7 +261,8 @@ def test_a_set_from_the_hub(monkeypatch, asked, where, rows, examples):
     monkeypatch.delenv("BERTNB_DATA", raising=False)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_examples(*asked) == examples
-    assert calls == [(*where, asked[1])]
+    split = "validation_matched" if asked[0] == "mnli" else asked[1]
+    assert calls == [(*where, split)]
 
 
 def test_the_folder_comes_before_the_hub(monkeypatch, tmp_path):
@@ -276,7 +277,7 @@ def test_the_folder_comes_before_the_hub(monkeypatch, tmp_path):
 
 def test_every_set_names_its_splits():
     for name, found in _SETS.items():
-        assert found.files or found.splits, name
+        assert set(NAMED_SETS[name][1]) == {*found.files, *found.splits}
         assert (found.hub is None) == (not found.splits), name
     assert sum(found.hub is None for found in _SETS.values()) == 1
 
