@@ -139,6 +139,8 @@ def _task(
         return SequenceRegression(training, validation)
     if kind == "tokens":
         return TokenClassification(training, validation, labels)
+    if any(example.answers == () for example in training):
+        null_threshold = null_threshold or 0.0
     return QuestionAnswering(
         training,
         validation,
@@ -150,7 +152,10 @@ def _task(
 def _hold_out(
     examples: Sequence[Any], share: float, seed: int
 ) -> tuple[list[Any], list[Any]]:
-    """Part examples by chance; what shares its text stays together."""
+    """Part examples by chance; what shares its text stays together.
+
+    Two are held out at least, if any: a correlation needs as many.
+    """
     import random
 
     groups: dict[Any, list[Any]] = {}
@@ -165,7 +170,8 @@ def _hold_out(
     parts = list(groups.values())
     random.Random(seed).shuffle(parts)
     held: list[Any] = []
-    while parts[1:] and len(held) < share * len(examples):
+    wanted = max(2, share * len(examples)) if share else 0
+    while parts[1:] and len(held) < wanted:
         held += parts.pop()
     return [example for part in parts for example in part], held
 
@@ -269,13 +275,7 @@ def _finetune(
     seed = asked["seed"] or 0
     kind = _guess(file, asked) if task == "auto" else task
     learn = _examples(file, "train", kind, asked)
-    labels: list[str] = list(getattr(_task(kind, learn), "labels", ()))
-    if kind == "classification" and len(labels) > max(2, len(learn) // 2):
-        raise ValueError(
-            f"{file} has {len(labels)} different labels in {len(learn)} "
-            "rows: --label names another column, or they are numbers "
-            "(--task regression)"
-        )
+    labels = _labels(file, kind, learn)
     if "validation" in NAMED_SETS.get(file, ("", ()))[1]:
         validation = validation or file
     if validation is None:
@@ -307,6 +307,18 @@ def _finetune(
     show_facts(facts, as_json)
     if result.stopped in ("SIGINT", "SIGTERM"):
         raise typer.Exit(128 + Signals[result.stopped])
+
+
+def _labels(file: str, kind: str, examples: Sequence[Any]) -> list[str]:
+    """Return the names of the classes in all examples, if there are any."""
+    labels = list(getattr(_task(kind, examples), "labels", ()))
+    if kind == "classification" and len(labels) > max(2, len(examples) // 2):
+        raise ValueError(
+            f"{file} has {len(labels)} different labels in {len(examples)} "
+            "rows: --label names another column, or they are numbers "
+            "(--task regression)"
+        )
+    return labels
 
 
 def _config(kind: str, model: Any, output: str, asked: dict[str, Any]) -> Any:

@@ -274,6 +274,19 @@ def test_what_shares_its_text_stays_together(share: float) -> None:
     assert (other == (learn, held)) == (not held and other == (learn, held))
 
 
+def test_two_are_held_out_at_least() -> None:
+    few = [bertnb.TextExample(f"text {i}", float(i)) for i in range(5)]
+    assert len(task_commands._hold_out(few, 0.1, 0)[1]) == 2
+    assert len(task_commands._hold_out(few[:2], 0.1, 0)[1]) == 1
+
+
+def test_where_some_questions_have_no_answer_none_is_an_answer() -> None:
+    known = bertnb.QuestionExample("a?", "a b", (bertnb.Answer("a", 0),))
+    none = bertnb.QuestionExample("c?", "a b", ())
+    assert task_commands._task("questions", [known]).null_threshold is None
+    assert task_commands._task("questions", [known, none]).null_threshold == 0
+
+
 def test_of_one_example_nothing_is_held_out() -> None:
     one = [bertnb.TokenExample(("a",), ("O",))]
     assert task_commands._hold_out(one, 0.5, 0) == (one, [])
