@@ -88,7 +88,7 @@ class Int8Linear(nn.Module):
         step = ((high - low) / (2 * LEVELS)).clamp(min=TINY)
         q = (rows - middle).mul_(1 / step).round_().to(torch.int8)  # (16.8)
         whole = torch._int_mm(q, self.weight.t())  # (T, out), exact, (16.11)
-        y = torch.addmm(self.bias, middle, self.row_sum[None])
+        y = torch.addcmul(self.bias, middle, self.row_sum)
         y.addcmul_(whole.float().mul_(step), self.scale)  # (16.10)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
