@@ -306,10 +306,18 @@ def test_the_bias_correction_and_the_recipe_reach_the_optimiser():
 def test_parts_of_a_batch_are_the_batch():
     ends = []
     for parts in (1, 3, 8):  # the last batch has four rows
-        model = new(config=STILL)
+        model, sizes = new(config=STILL), []
+
+        def note(head, args, sizes=sizes):
+            if head.training:
+                sizes.append(len(args[0]))
+
+        model.classifier.register_forward_pre_hook(note)
         result = tune(config=replace(CONFIG, parts=parts), model=model)
         losses = [record["training_loss"] for record in result.records]
         ends.append(torch.tensor(losses))
+        assert max(sizes) == -(-8 // parts)
+        assert sum(sizes) == 4 * len(EXAMPLES[:20])
     assert torch.allclose(ends[0], ends[1], atol=1e-5)
     assert torch.allclose(ends[0], ends[2], atol=1e-5)
 
