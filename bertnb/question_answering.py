@@ -189,32 +189,26 @@ class QuestionAnswering(Task):
             return []
         questions = self._questions(examples, tokenizer, max_length)
         contexts = list(dict.fromkeys(e.context for e in examples))
-        pieces = {
-            context: (
-                ids,
-                offsets,
-                [[(*o, False), (*o, True)] for o in offsets],
-            )
-            for context, (ids, offsets) in zip(
-                contexts, pieces_with_offsets(tokenizer, contexts), strict=True
-            )
-        }  # the questions about a passage share what belongs to its tokens
+        found = pieces_with_offsets(tokenizer, contexts)
+        pieces = dict(zip(contexts, found, strict=True))
+        marks = {  # shared by all questions about a passage: is it the best?
+            context: [[(*o, False), (*o, True)] for o in offsets]
+            for context, (_, offsets) in pieces.items()
+        }
         cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
         rows = []
         for number, example in enumerate(examples):
-            ids, offsets, marks = pieces[example.context]
+            ids, offsets = pieces[example.context]
+            truth = _truth(number, example, offsets)
             head = [cls, *questions[number], sep]
             windows = context_windows(
                 len(ids), max_length - len(head) - 1, self.stride
             )
-            best, truth = (
-                best_windows(windows),
-                _truth(number, example, offsets),
-            )
+            best, mark = best_windows(windows), marks[example.context]
             for w, window in enumerate(windows):
                 row = [*head, *ids[window.start : window.stop], sep]
                 kinds = [0] * len(head) + [1] * (len(window) + 1)
-                shown = [marks[t][best[t] == w] for t in window]
+                shown = [mark[t][best[t] == w] for t in window]
                 origins = (*[None] * len(head), *shown, None)
                 targets = _targets(truth, window, len(head))
                 rows.append(Row(number, row, kinds, targets, origins))
