@@ -1,10 +1,12 @@
 """Question answering in float64, by the official scores, by Hugging Face's rules."""
 
 import math
+import os
 import re
 import string
 import unicodedata
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from bertnb import (
     exact_match,
     normalize_answer,
     predict,
+    read_questions,
     span_candidates,
     span_losses,
     token_f1,
@@ -373,3 +376,39 @@ def test_the_search_is_complete_where_twenty_by_twenty_is_not():
     features = [(*scores.numpy().T, [o[:2] for o in origins], [True] * 50)]
     assert their_choice(features, None, 5, 20)[0] != (40, 42)
     assert their_choice(features, None, 5, 50)[0] == (40, 42)
+
+
+DATA = Path(
+    os.environ.get("BERTNB_DATA", Path(__file__).parents[3] / "shared/data")
+)
+
+
+@pytest.mark.parametrize(
+    ("language", "vocabulary", "longest", "lost"),
+    [("en", "bert-base-uncased", 30, 1), ("zh", "bert-base-chinese", 99, 0)],
+)
+def test_marked_answers_come_back_as_they_stand(
+    language, vocabulary, longest, lost
+):
+    """Through rows, windows and offsets; one English answer ends in a token."""
+    file = DATA / "xquad" / f"xquad.{language}.json"
+    pieces = DATA / "vocabs" / f"{vocabulary}-vocab.txt"
+    if not file.is_file() or not pieces.is_file():
+        pytest.skip(f"no {file}: set BERTNB_DATA to the folder of real data")
+    words = pieces.read_text("utf-8").removesuffix("\n").split("\n")
+    tokenizer = WordPieceTokenizer({word: i for i, word in enumerate(words)})
+    examples = read_questions(file)
+    task = QuestionAnswering(max_answer_length=longest)
+    rows = task.rows(examples, tokenizer, 256)
+    logits = [torch.zeros(len(row.input_ids), 2) for row in rows]
+    for row, scores in zip(rows, logits, strict=True):
+        scores[row.targets["start_positions"], 0] = 9
+        scores[row.targets["end_positions"], 1] = 9
+    found = task.decode(examples, rows, logits)
+    wrong = [
+        (answer["answer"], example.answers[0].text)
+        for answer, example in zip(found, examples, strict=True)
+        if answer["answer"] != example.answers[0].text
+    ]
+    assert len(examples) == 1190
+    assert len(wrong) == lost, wrong
