@@ -246,7 +246,8 @@ def _table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         if len(fields) != len(header):
             raise BertnbError(
                 f"{path}:{number}: {len(fields)} fields, but {len(header)} "
-                f"columns: {', '.join(header)}"
+                f"columns, {', '.join(header)}; in a .csv, a field with a "
+                "comma needs quotes around it"
             )
         yield number, dict(zip(header, fields, strict=True))
 
