@@ -12,7 +12,8 @@ differs by more than 1e-5. Rows with another precision stand beside the race
 and say how far their vectors are off.
 
 `int8`: 4 layers of BERT-base, 4 rows of 128 tokens, the hidden states, against
-`transformers` in float32.
+`transformers` in float32, and in 8 bits by
+`torch.ao.quantization.quantize_dynamic`.
 
 The clock of `--clock cpu` is the processor time of this program, for a machine
 that others use, too, and one thread; `wall` is time as it passes.
@@ -28,6 +29,7 @@ import random
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -183,10 +185,16 @@ def int8(asked: argparse.Namespace) -> dict[str, Any]:
 
         return work
 
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        usual = torch.ao.quantization.quantize_dynamic(
+            theirs, {torch.nn.Linear}
+        )
     works = {
         "ours, int8": states(small),
         "transformers": states(theirs),
         "ours": states(model),
+        "transformers, int8": states(usual),
     }
     sides = [Side(name, work, ids.numel()) for name, work in works.items()]
     return {

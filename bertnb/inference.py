@@ -71,7 +71,7 @@ def cosine_similarity(first: Tensor, second: Tensor) -> Tensor:
     return F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).mT
 
 
-BATCH_POSITIONS = {"cpu": 1024, "others": 32768}
+BATCH_POSITIONS = {"cpu": 512, "others": 32768}
 
 
 def length_batches(
@@ -154,8 +154,8 @@ def _rows(
         if len(row) > limit:
             raise ValueError(
                 f"a text has {len(row)} tokens, the model reads at most "
-                f"max_position_embeddings={limit}: split it, or cut it with "
-                f"max_length={limit}; it begins {text[:40]!r}"
+                f"max_position_embeddings={limit}: split it, or cut it (embed: "
+                f"max_length={limit}); it begins {text[:40]!r}"
             )
     return rows
 

@@ -19,6 +19,7 @@ from bertnb.inference import evaluating
 
 __all__ = [
     "LEVELS",
+    "ROWS",
     "TINY",
     "Int8Linear",
     "Model",
@@ -34,6 +35,7 @@ __all__ = [
 
 # %% The code: a linear layer of whole numbers
 LEVELS = 127  # the largest whole number of 8 bits, on both sides of zero
+ROWS = 256  # tokens at once
 TINY = 1e-30  # a step for numbers that are all the same
 
 
@@ -68,7 +70,7 @@ class Int8Linear(nn.Module):
             bias = linear.bias.detach().clone()
         self.register_buffer("weight", whole.to(torch.int8))  # (out, K)
         self.register_buffer("scale", scale)  # (out,)
-        self.register_buffer("row_sum", whole.sum(1) * scale)  # (out,)
+        self.register_buffer("row_sum", whole.sum(1))  # u_j, (out,)
         self.register_buffer("bias", bias)  # (out,)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,14 +85,18 @@ class Int8Linear(nn.Module):
                 "quantize was given, then quantize again"
             )
         rows = x.detach().flatten(0, -2).float()  # (T, K)
+        y = torch.cat([self._few(some) for some in rows.split(ROWS)])
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+    def _few(self, rows: Tensor) -> Tensor:
+        """(T, K) -> (T, out), for so many rows that all stays near the core."""
         high, low = rows.amax(1, True), rows.amin(1, True)
         middle = (high + low) / 2  # (T, 1), (16.9)
         step = ((high - low) / (2 * LEVELS)).clamp(min=TINY)
         q = (rows - middle).mul_(1 / step).round_().to(torch.int8)  # (16.8)
         whole = torch._int_mm(q, self.weight.t())  # (T, out), exact, (16.11)
-        y = torch.addcmul(self.bias, middle, self.row_sum)
-        y.addcmul_(whole.float().mul_(step), self.scale)  # (16.10)
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+        y = whole.float().mul_(step).addcmul_(middle, self.row_sum)
+        return torch.addcmul(self.bias, y, self.scale)  # (16.10)
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
         raise BertnbError(
@@ -152,7 +158,7 @@ def _package(name: str) -> Any:
         return import_module(name)
     except ImportError as error:
         raise BertnbError(
-            f"{name} is not installed: pip install onnx onnxruntime"
+            f'{name} is not installed: pip install "bertnb[onnx]"'
         ) from error
 
 
