@@ -22,11 +22,11 @@ from bertnb.tokenization import WordPieceTokenizer
 __all__ = ["correlations", "SequenceRegression"]
 
 
-# %% The code
+# %% How good are the numbers
 def correlations(
     truth: Sequence[float], answers: Sequence[float]
 ) -> dict[str, float]:
-    """Return the correlations "spearman" and "pearson", (18.3).
+    """Return the correlations "spearman" and "pearson", (18.5).
 
     Where one of the two lists is constant there is nothing to correlate:
     both are 0.
@@ -41,10 +41,7 @@ def correlations(
             "correlation needs as many of each, and two or more"
         )
     try:
-        from scipy.stats import (  # type: ignore[import-untyped]
-            pearsonr,
-            spearmanr,
-        )
+        from scipy.stats import pearsonr, spearmanr
     except ImportError as error:
         raise BertnbError(
             'correlations need scipy: pip install "bertnb[train]"'
@@ -57,16 +54,17 @@ def correlations(
     }
 
 
+# %% The code
 @dataclass(frozen=True)
 class SequenceRegression(Task):
-    """One number for each text or pair of texts, (18.1).
+    """One number for each text or pair of texts, (18.2), learnt by (18.3).
 
     An answer is a float, on the scale of the training labels. Texts that are
     too long lose their end, with a warning.
 
     Args:
         training, validation: examples whose labels are finite numbers.
-        metric: "spearman" or "pearson", (18.3).
+        metric: "spearman" or "pearson", (18.5).
 
     Raises:
         ValueError: `metric` is unknown.

@@ -56,7 +56,7 @@ def correlation(u, v):
     return (u * v).sum() / math.sqrt((u * u).sum() * (v * v).sum())
 
 
-@pytest.mark.equation("18.3")
+@pytest.mark.equation("18.5")
 @given(
     pairs=st.lists(
         st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=2
@@ -88,7 +88,7 @@ def test_without_scipy_the_error_says_what_to_install(monkeypatch):
         correlations([1.0, 2.0], [1.0, 2.0])
 
 
-@pytest.mark.equation("18.1")
+@pytest.mark.equation("18.2")
 def test_the_answer_is_the_score_of_the_pair(measured):
     pairs = [TextExample("good film", 1, "a b"), TextExample("bad", 2, "bad")]
     network = model()
@@ -101,7 +101,7 @@ def test_the_answer_is_the_score_of_the_pair(measured):
         measured(answer - ((pooled * weight[0]).sum() + bias[0]).item(), 1e-6)
 
 
-@pytest.mark.equation("18.2")
+@pytest.mark.equation("18.3")
 def test_the_loss_is_the_mean_square(measured):
     pairs = [TextExample("good film", 1, "a b"), TextExample("bad", 2.5, "bad")]
     task, network = SequenceRegression(pairs), model()
