@@ -102,7 +102,7 @@ class FineTuningRun:
         self.best: dict[str, Tensor] = {}  # the weights with the best score
 
     def _factor(self, name: str) -> float:
-        """Return a parameter's share of the learning rate, (16.8)."""
+        """Return a parameter's share of the learning rate, (16.13)."""
         layers = self.model.config.num_hidden_layers
         return float(
             self.config.layer_decay ** (layers + 1 - _depth(name, layers))

@@ -355,7 +355,7 @@ class FineTuneConfig:
     `weight_decay`, `bias_correction` and `max_grad_norm` as in pretraining.
     `frozen_layers`: None: all learn; 0: the embeddings stay as they are; more:
     so many of the lowest layers, too. `layer_decay`: each layer learns at this
-    fraction of the rate of the one above it, (16.8).
+    fraction of the rate of the one above it, (16.13).
 
     `seed`: of the order and of dropout. `device`: None: CUDA where there is
     one. `precision`: "float32", "bfloat16", "float16", or "auto", what the

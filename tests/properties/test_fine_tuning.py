@@ -264,7 +264,7 @@ def test_frozen_layers_learn_again_after_an_error(monkeypatch):
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.equation("16.8")
+@pytest.mark.equation("16.13")
 def test_the_lower_the_slower(measured):
     """Adam's first step is the learning rate long, where eps is little."""
     model, xi = new(config=STILL), 0.5
