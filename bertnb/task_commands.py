@@ -499,6 +499,9 @@ def _predict(
         typer.echo(_table(rows, False), nl=False)
 
 
+_ENTITY = "sentence type start end text score".split()
+
+
 def _table(rows: Sequence[dict[str, Any]], lines: bool) -> str:
     """Return rows as text: an object a line, or a table with a header."""
     import csv
@@ -508,8 +511,9 @@ def _table(rows: Sequence[dict[str, Any]], lines: bool) -> str:
     text = io.StringIO()
     if lines:
         text.writelines(json.dumps(row) + "\n" for row in rows)
-    elif rows:
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    else:
+        names = list(rows[0]) if rows else _ENTITY
+        writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     return text.getvalue()

@@ -186,8 +186,20 @@ def test_entities_are_found(place: Path, tmp_path: Path) -> None:
     words.write_text("Bob\nleft\n\nAnn\nleft\nBonn\n")
     rows = told("predict", tmp_path / "m", words)["rows"]
     found = [(r["sentence"], r["type"], r["text"], r["start"]) for r in rows]
+    assert list(rows[0]) == "sentence type start end text score".split()
     assert (0, "PER", "Bob", 0) in found
     assert (1, "LOC", "Bonn", 2) in found
+
+
+def test_a_table_without_rows_has_a_header() -> None:
+    assert task_commands._table([], False) == (
+        "sentence,type,start,end,text,score\n"
+    )
+    assert task_commands._table([], True) == ""
+    one = [{"text": 'a "b"', "label": "x"}, {"text": "c", "label": "y"}]
+    assert task_commands._table(one, False) == (
+        'text,label\n"a ""b""",x\nc,y\n'
+    )
 
 
 def test_questions_are_answered(place: Path, tmp_path: Path) -> None:
