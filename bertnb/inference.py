@@ -243,15 +243,12 @@ def embed(
     batches = _batches(rows, batch_size, device)
     vectors = torch.empty(len(rows), len(layers) * config.hidden_size)
     every = tuple(layers) != (-1,)
+    cls = pooling == "cls" and not every  # of the last layer only [CLS]
     with evaluating(body):
         for batch in batches:
             ids = _padded(rows, batch, tokenizer.pad_token_id, device)  # (B, L)
             mask = _mask(rows, batch, device)
-            only = (
-                None
-                if every or pooling != "cls"
-                else ids.new_zeros(ids.shape[0], 1)
-            )
+            only = ids.new_zeros(len(batch), 1) if cls else None
             output = body(
                 ids, mask, output_hidden_states=every, masked_positions=only
             )

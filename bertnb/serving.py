@@ -85,18 +85,20 @@ class Int8Linear(nn.Module):
                 "quantize was given, then quantize again"
             )
         rows = x.detach().flatten(0, -2).float()  # (T, K)
-        y = torch.cat([self._few(some) for some in rows.split(ROWS)])
+        y = rows.new_empty(len(rows), self.out_features)
+        for some, place in zip(rows.split(ROWS), y.split(ROWS), strict=True):
+            self._few(some, place)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
-    def _few(self, rows: Tensor) -> Tensor:
-        """(T, K) -> (T, out), for so many rows that all stays near the core."""
+    def _few(self, rows: Tensor, place: Tensor) -> None:
+        """(T, K) -> (T, out), written to its place: few rows stay in the cache."""
         high, low = rows.amax(1, True), rows.amin(1, True)
         middle = (high + low) / 2  # (T, 1), (16.9)
         step = ((high - low) / (2 * LEVELS)).clamp(min=TINY)
         q = (rows - middle).mul_(1 / step).round_().to(torch.int8)  # (16.8)
         whole = torch._int_mm(q, self.weight.t())  # (T, out), exact, (16.11)
         y = whole.float().mul_(step).addcmul_(middle, self.row_sum)
-        return torch.addcmul(self.bias, y, self.scale)  # (16.10)
+        torch.addcmul(self.bias, y, self.scale, out=place)  # (16.10)
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
         raise BertnbError(
