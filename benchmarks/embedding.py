@@ -199,7 +199,9 @@ def int8(asked: argparse.Namespace) -> dict[str, Any]:
         "ours": states(model),
         "transformers, int8": states(usual),
     }
-    sides = [Side(name, work, TIMES * ids.numel()) for name, work in works.items()]
+    sides = [
+        Side(name, work, TIMES * ids.numel()) for name, work in works.items()
+    ]
     return {
         "what": "int8",
         "layers": 4,

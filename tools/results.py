@@ -618,7 +618,7 @@ def inference(result: Entry) -> Iterator[str]:
     if result["what"] not in INFERENCE:
         yield from figures(result)
         return
-    first = next(iter(result["peers"]))
+    first = next(iter(result["sides"]))
     yield (
         f"{INFERENCE[result['what']].format(**result)}; threads: "
         f"{result['threads']}, {result['rounds']} rounds in which the sides "
@@ -628,7 +628,7 @@ def inference(result: Entry) -> Iterator[str]:
     )
     yield ""
     rows = []
-    for name, peer in result["peers"].items():
+    for name, peer in result["sides"].items():
         times, error = result["compared"].get(name), result["errors"].get(name)
         ratio = "{ratio:.2f} ({quartile_1:.2f} to {quartile_3:.2f})"
         gap = "{relative_error:.2g}, {largest_difference:.1g}"

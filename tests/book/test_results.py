@@ -215,7 +215,7 @@ def test_a_record_of_speed_is_shown(tmp_path: Path) -> None:
     peers["other"] = {"tokens_per_second": 1500}
     result = {"command": "b.py", "what": "race", "ratio": {"bertnb": 1.5123}}
     timed = {"what": "texts", "texts": 200, "tokens": 9000, "threads": 1}
-    timed |= {"rounds": 9, "peers": peers}
+    timed |= {"rounds": 9, "sides": peers}
     ratio = {"ratio": 2.0, "quartile_1": 1.9, "quartile_3": 2.1}
     timed["compared"] = {"other": ratio}
     gap = {"relative_error": 2e-7, "largest_difference": 1e-6}
