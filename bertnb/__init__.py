@@ -204,6 +204,13 @@ if TYPE_CHECKING:
         sample_pairs,
         truncate_pair,
     )
+    from bertnb.onnx_export import (
+        INPUTS,
+        ONNX_BOUND,
+        OPSET,
+        OnnxGraph,
+        export_onnx,
+    )
     from bertnb.optimization import (
         LABELS,
         SCHEDULES,
@@ -278,17 +285,12 @@ if TYPE_CHECKING:
         prefetch,
     )
     from bertnb.serving import (
-        INPUTS,
         LEVELS,
-        ONNX_BOUND,
-        OPSET,
         ROWS,
         TINY,
         Int8Linear,
         Model,
-        OnnxGraph,
         body_of,
-        export_onnx,
         quantize,
     )
     from bertnb.shards import (
@@ -404,7 +406,7 @@ _HOME = {
     "IGNORE": "masked_lm",
     "IGNORED": "configuration",
     "IGNORED_WEIGHTS": "folders",
-    "INPUTS": "serving",
+    "INPUTS": "onnx_export",
     "IS_NEXT": "next_sentence",
     "Int8Linear": "serving",
     "Job": "shards",
@@ -426,9 +428,9 @@ _HOME = {
     "NextSentenceOutput": "next_sentence",
     "OLD_NAMES": "folders",
     "ONES": "checkpoints",
-    "ONNX_BOUND": "serving",
-    "OPSET": "serving",
-    "OnnxGraph": "serving",
+    "ONNX_BOUND": "onnx_export",
+    "OPSET": "onnx_export",
+    "OnnxGraph": "onnx_export",
     "OutputOption": "terminal",
     "POOLINGS": "inference",
     "POSITIVE": "recipe",
@@ -525,7 +527,7 @@ _HOME = {
     "evaluating": "inference",
     "exact_match": "answer_spans",
     "expand_mask": "encoder",
-    "export_onnx": "serving",
+    "export_onnx": "onnx_export",
     "fast_attention": "attention",
     "file_digest": "shards",
     "fill_mask": "inference",

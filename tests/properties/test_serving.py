@@ -270,11 +270,11 @@ def test_a_row_that_is_too_long_is_an_error_there_too(runtime, tmp_path):
 
 
 def test_a_file_that_differs_is_not_written(runtime, tmp_path, monkeypatch):
-    from bertnb import serving
+    from bertnb import onnx_export
 
     file = tmp_path / "x.onnx"
     file.write_text("the one before")
-    monkeypatch.setattr(serving, "ONNX_BOUND", -1.0)
+    monkeypatch.setattr(onnx_export, "ONNX_BOUND", -1.0)
     with pytest.raises(BertnbError, match=r"last_hidden_state.*differs"):
         export_onnx(seeded(BertModel), file)
     assert file.read_text() == "the one before"
