@@ -284,15 +284,7 @@ if TYPE_CHECKING:
         locked,
         prefetch,
     )
-    from bertnb.serving import (
-        LEVELS,
-        ROWS,
-        TINY,
-        Int8Linear,
-        Model,
-        body_of,
-        quantize,
-    )
+    from bertnb.serving import LEVELS, ROWS, TINY, Int8Linear, body_of, quantize
     from bertnb.shards import (
         FORMAT,
         SETTINGS,
@@ -420,7 +412,6 @@ _HOME = {
     "METRICS": "classification",
     "MaskedLMHead": "masked_lm",
     "MaskedLMOutput": "masked_lm",
-    "Model": "serving",
     "ModelOption": "terminal",
     "MultiHeadAttention": "multihead",
     "NAMED_SETS": "named_sets",
@@ -711,7 +702,6 @@ __all__ = [
     "METRICS",
     "MaskedLMHead",
     "MaskedLMOutput",
-    "Model",
     "ModelOption",
     "MultiHeadAttention",
     "NAMED_SETS",

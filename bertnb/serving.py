@@ -12,15 +12,7 @@ from torch import Tensor, nn
 from bertnb.configuration import BertnbError
 from bertnb.encoder import BertModel
 
-__all__ = [
-    "LEVELS",
-    "ROWS",
-    "TINY",
-    "Int8Linear",
-    "Model",
-    "quantize",
-    "body_of",
-]
+__all__ = ["LEVELS", "ROWS", "TINY", "Int8Linear", "quantize", "body_of"]
 
 
 # %% The code: a linear layer of whole numbers
@@ -97,10 +89,10 @@ class Int8Linear(nn.Module):
         )
 
 
-Model = TypeVar("Model", bound=nn.Module)
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
-def quantize(model: Model) -> Model:
+def quantize(model: _Model) -> _Model:
     """Return a copy for the CPU whose encoder computes in 8 bits, by (16.10).
 
     `embed`, `fill_mask` and whatever else only reads the model work as
