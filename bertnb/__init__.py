@@ -283,6 +283,7 @@ if TYPE_CHECKING:
         World,
         locked,
         prefetch,
+        refuse_changes,
     )
     from bertnb.serving import LEVELS, ROWS, TINY, Int8Linear, body_of, quantize
     from bertnb.shards import (
@@ -600,6 +601,7 @@ _HOME = {
     "read_tokens": "examples",
     "read_vocabulary": "tokenization",
     "read_weights": "folders",
+    "refuse_changes": "runs",
     "replace_tokens": "masked_lm",
     "resize_vocabulary": "checkpoints",
     "roofline": "speed",
@@ -890,6 +892,7 @@ __all__ = [
     "read_tokens",
     "read_vocabulary",
     "read_weights",
+    "refuse_changes",
     "replace_tokens",
     "resize_vocabulary",
     "roofline",

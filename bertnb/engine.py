@@ -34,7 +34,14 @@ from bertnb.recipe import (
     run_facts,
 )
 from bertnb.rows import Batch, PretrainingData
-from bertnb.runs import Checkpoints, StopRequest, World, locked, prefetch
+from bertnb.runs import (
+    Checkpoints,
+    StopRequest,
+    World,
+    locked,
+    prefetch,
+    refuse_changes,
+)
 from bertnb.tokenization import WordPieceTokenizer
 
 __all__ = ["PretrainingRun", "PretrainResult", "pretrain"]
@@ -263,17 +270,7 @@ class PretrainingRun:
             self.world.gather(None)
         if state is None:
             return
-        theirs = json.loads(state["bound"])
-        changed = [
-            f"{name} was {theirs.get(name)!r} and is {value!r}"
-            for name, value in self.bound.items()
-            if theirs.get(name) != value
-        ]
-        if changed:
-            raise BertnbError(
-                f"{self.folder} holds a run of another configuration: "
-                f"{'; '.join(changed)}. Choose another output_dir, or delete it"
-            )
+        refuse_changes(json.loads(state["bound"]), self.bound, self.folder)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bertnb.configuration import BertnbError
 from bertnb.folders import PretrainedModel
 from bertnb.optimization import (
     SCHEDULES,
@@ -27,7 +26,7 @@ from bertnb.optimization import (
     train,
 )
 from bertnb.recipe import run_facts
-from bertnb.runs import Checkpoints, StopRequest, locked
+from bertnb.runs import Checkpoints, StopRequest, locked, refuse_changes
 from bertnb.tasks import (
     FineTuneConfig,
     Row,
@@ -223,17 +222,8 @@ class FineTuningRun:
         state = Checkpoints(folder, 1).load(device)
         if state is None:
             return
-        theirs = json.loads(state["bound"])
-        changed = [
-            f"{name} was {theirs.get(name)!r} and is {value!r}"
-            for name, value in self.bound().items()
-            if theirs.get(name) != value
-        ]
-        if changed:
-            raise BertnbError(
-                f"{self.config.output_dir} holds another run: "
-                f"{'; '.join(changed)}. Choose another output_dir, or delete it"
-            )
+        was = json.loads(state["bound"])
+        refuse_changes(was, self.bound(), self.config.output_dir)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

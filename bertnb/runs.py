@@ -9,7 +9,7 @@ import re
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -31,6 +31,7 @@ from bertnb.shards import file_digest
 __all__ = [
     "Checkpoints",
     "CHECKPOINT",
+    "refuse_changes",
     "locked",
     "StopRequest",
     "prefetch",
@@ -134,6 +135,27 @@ def _store_names(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def refuse_changes(
+    was: Mapping[str, Any], now: Mapping[str, Any], folder: str | Path
+) -> None:
+    """Compare what must be the same when a run goes on: settings, data.
+
+    Raises:
+        BertnbError: something is not; the message names each, before and
+            now, by its first 60 characters.
+    """
+    changed = [
+        f"{name} was {was.get(name)!r:.60} and is {value!r:.60}"
+        for name, value in now.items()
+        if was.get(name) != value
+    ]
+    if changed:
+        raise BertnbError(
+            f"{folder} holds a run of another configuration: "
+            f"{'; '.join(changed)}. Choose another output_dir, or delete it"
+        )
 
 
 # %% One writer a folder

@@ -147,7 +147,7 @@ def test_what_finetune_reports(
     }
     again = run("finetune", place / "reviews.csv", "--seed", "4", *asked)
     assert again.exit_code == 1
-    assert "another run" in again.stderr
+    assert "a run of another configuration" in again.stderr
 
 
 # --- the other tasks

@@ -12,7 +12,14 @@ import torch.distributed as dist
 from torch import nn
 
 from bertnb.configuration import BertnbError
-from bertnb.runs import Checkpoints, StopRequest, World, locked, prefetch
+from bertnb.runs import (
+    Checkpoints,
+    StopRequest,
+    World,
+    locked,
+    prefetch,
+    refuse_changes,
+)
 
 # checkpoints
 
@@ -288,3 +295,17 @@ def test_a_group_is_joined_and_left():
     with pytest.raises(ZeroDivisionError), World.join("cpu"):
         raise ZeroDivisionError
     assert not dist.is_initialized()
+
+
+def test_changed_settings_are_named_and_long_values_cut(tmp_path):
+    was = {"seed": 0, "digest": "a" * 64, "old": 1}
+    refuse_changes(was, {"seed": 0, "digest": "a" * 64}, tmp_path)
+    now = {"seed": 1, "digest": "b" * 64, "new": 2}
+    with pytest.raises(BertnbError) as caught:
+        refuse_changes(was, now, tmp_path)
+    message = str(caught.value)
+    assert str(tmp_path) in message
+    assert "seed was 0 and is 1; " in message
+    assert f"digest was '{'a' * 59} and is '{'b' * 59}; " in message
+    assert "new was None and is 2. Choose another output_dir" in message
+    assert "old was" not in message
