@@ -10,36 +10,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import config_for, tokenizer_of
 
 import bertnb.fine_tuning
 from bertnb import (
-    BertConfig,
     BertForSequenceClassification,
     BertnbError,
     FineTuneConfig,
     SequenceRegression,
     Shuffled,
     TextExample,
-    WordPieceTokenizer,
     fine_tune,
     fine_tune_seeds,
     load_for_task,
     locked,
 )
 
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] good bad fine film was the ##s".split()
-TOKENIZER = WordPieceTokenizer({word: i for i, word in enumerate(WORDS)})
-TINY = BertConfig(
-    vocab_size=len(WORDS),
-    hidden_size=8,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=16,
-    max_position_embeddings=16,
-    initializer_range=0.3,
-)
+WORDS = "good bad fine film was the".split()
+TOKENIZER = tokenizer_of(" ".join([*WORDS, "##s"]))
+TINY = config_for(TOKENIZER)
 EXAMPLES = [
-    TextExample(" ".join(WORDS[5 + i % 6 :][: 1 + i % 4]), i * 7 % 13 / 10)
+    TextExample(
+        " ".join([*WORDS, "##s"][i % 6 :][: 1 + i % 4]), i * 7 % 13 / 10
+    )
     for i in range(28)
 ]
 TASK = SequenceRegression(EXAMPLES[:20], EXAMPLES[20:])

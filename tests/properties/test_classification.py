@@ -7,15 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import config_for, tokenizer_of
 
 from bertnb import (
-    BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
     FineTuneConfig,
     SequenceClassification,
     TextExample,
-    WordPieceTokenizer,
     accumulate_gradients,
     class_weights,
     classification_loss,
@@ -24,20 +23,17 @@ from bertnb import (
     predict,
 )
 
-TINY = BertConfig(
+NAMES = ["a", "b", "c"]
+TOKENIZER = tokenizer_of("good bad fine film a b ##c")
+TINY = config_for(
+    TOKENIZER,
     vocab_size=40,
     hidden_size=12,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=16,
     max_position_embeddings=12,
     initializer_range=0.2,
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
 )
-NAMES = ["a", "b", "c"]
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] good bad fine film a b ##c".split()
-TOKENIZER = WordPieceTokenizer({word: i for i, word in enumerate(WORDS)})
 
 
 @pytest.mark.equation("17.3")
@@ -201,7 +197,7 @@ def test_only_long_rows_are_cut_and_each_keeps_its_place():
         rows = task.rows(texts, TOKENIZER, 5)
     assert [len(row.input_ids) for row in rows] == [3, 5, 3]
     assert [row.example for row in rows] == [0, 1, 2]
-    assert rows[2].input_ids[1] == WORDS.index("bad")
+    assert rows[2].input_ids[1] == TOKENIZER.vocabulary["bad"]
 
 
 @given(

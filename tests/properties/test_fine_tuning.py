@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import config_for, tokenizer_of
 
 import bertnb.fine_tuning
 from bertnb import (
     Answer,
-    BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
     FineTuneConfig,
@@ -27,7 +27,6 @@ from bertnb import (
     TextExample,
     TokenClassification,
     TokenExample,
-    WordPieceTokenizer,
     evaluate,
     fine_tune,
     fine_tune_seeds,
@@ -36,24 +35,16 @@ from bertnb import (
     predict,
 )
 
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] good bad fine film was the ##s".split()
-TOKENIZER = WordPieceTokenizer({word: i for i, word in enumerate(WORDS)})
-TINY = BertConfig(
-    vocab_size=len(WORDS),
-    hidden_size=8,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=16,
-    max_position_embeddings=16,
-    initializer_range=0.3,
-)
+WORDS = "good bad fine film was the".split()
+TOKENIZER = tokenizer_of(" ".join([*WORDS, "##s"]))
+TINY = config_for(TOKENIZER, num_hidden_layers=2)
 STILL = replace(TINY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
 def texts(count, seed=0):
     chance = random.Random(seed)
     lengths = [chance.randint(1, 8) for _ in range(count)]
-    words = WORDS[5:11]
+    words = WORDS
     return [" ".join(chance.choices(words, k=length)) for length in lengths]
 
 
@@ -496,9 +487,7 @@ def test_what_does_not_fit_is_named():
     for length in (2, 17):
         with pytest.raises(ValueError, match=f"max_length={length}: .*3 to 16"):
             predict(TASK, model, TOKENIZER, EXAMPLES, max_length=length)
-    larger = WordPieceTokenizer(
-        {word: i for i, word in enumerate([*WORDS, "more"])}
-    )
+    larger = tokenizer_of(" ".join([*WORDS, "##s", "more"]))
     with pytest.raises(
         ValueError, match=r"13 pieces.*vocab_size=12: load both from the same"
     ):

@@ -7,15 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import SPECIAL, config_for, tokenizer_of
 
 from bertnb import (
     POOLINGS,
-    BertConfig,
     BertForMaskedLM,
     BertForNextSentencePrediction,
     BertForPreTraining,
     BertModel,
-    WordPieceTokenizer,
     cosine_similarity,
     embed,
     evaluating,
@@ -28,16 +27,14 @@ from bertnb import (
 
 few = settings(max_examples=15, deadline=None)
 WORDS = "the a cat dog sat ran on mat and sun moon over under up down".split()
-PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "##s"]
-TOKENIZER = WordPieceTokenizer({piece: i for i, piece in enumerate(PIECES)})
-TINY = BertConfig(
-    vocab_size=len(PIECES),
+PIECES = [*SPECIAL, *WORDS, "##s"]
+TOKENIZER = tokenizer_of(" ".join([*WORDS, "##s"]))
+TINY = config_for(
+    TOKENIZER,
     hidden_size=24,
     num_hidden_layers=2,
     num_attention_heads=3,
     intermediate_size=40,
-    max_position_embeddings=16,
-    initializer_range=0.3,
     hidden_dropout_prob=0.5,
     attention_probs_dropout_prob=0.5,
 )

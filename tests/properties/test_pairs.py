@@ -8,34 +8,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import config_for, tokenizer_of
 
 from bertnb import (
-    BertConfig,
     BertForSequenceClassification,
     BertnbError,
     FineTuneConfig,
     SequenceRegression,
     TextExample,
-    WordPieceTokenizer,
     correlations,
     evaluate,
     fine_tune,
     predict,
 )
 
-TINY = BertConfig(
+TOKENIZER = tokenizer_of("good bad fine film a b ##c")
+TINY = config_for(
+    TOKENIZER,
     vocab_size=40,
     hidden_size=12,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=16,
-    max_position_embeddings=16,
     initializer_range=0.2,
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
 )
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] good bad fine film a b ##c".split()
-TOKENIZER = WordPieceTokenizer({word: i for i, word in enumerate(WORDS)})
 
 
 def model(seed=0):
