@@ -83,7 +83,9 @@ def run(
         seed=seed,
     )
     cpu, began = time.process_time(), time.perf_counter()
-    fine_tune(wanted, model, tokenizer, config)
+    stopped = fine_tune(wanted, model, tokenizer, config).stopped
+    if stopped:  # a model that is half trained is no result
+        raise SystemExit(f"{task}, seed {seed}: stopped by {stopped}")
     seconds = time.perf_counter() - began
     cpu = time.process_time() - cpu
     examples = load_examples(*scored)
