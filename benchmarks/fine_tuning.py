@@ -17,15 +17,13 @@ Stopped, it goes on: what the record has is not done again.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "0")  # a model may be on the hub
 import peers
-from trainer import PLANS, minilm
+from trainer import PLANS, recorded, weights
 
 from bertnb import (
     BertnbError,
@@ -33,8 +31,8 @@ from bertnb import (
     QuestionAnswering,
     SequenceClassification,
     SequenceRegression,
+    Task,
     TokenClassification,
-    book_model,
     evaluate,
     fine_tune,
     load_examples,
@@ -59,21 +57,15 @@ KINDS: dict[str, tuple[Any, tuple[str, str], tuple[str, str]]] = {
 }
 
 
-def recorded(path: str, entry: dict[str, Any]) -> bool:
-    """Return whether a record has a line with these values."""
-    file = Path(path)
-    lines = file.read_text("utf-8").splitlines() if file.exists() else []
-    found = [json.loads(line) for line in lines]
-    return any(entry.items() <= line.items() for line in found)
-
-
 def run(
-    task: str, plan: dict[str, Any], folder: str, seed: int
+    task: Task,
+    examples: list[Any],
+    plan: dict[str, Any],
+    folder: str,
+    seed: int,
 ) -> dict[str, Any]:
-    """Train on one set, score on another; return the record's entry."""
-    kind, training, scored = KINDS[task]
-    wanted = kind(load_examples(*training)[: plan.get("examples")])
-    model, tokenizer = load_for_task(wanted, folder, seed)
+    """Train on the task's examples, score others; return what to record."""
+    model, tokenizer = load_for_task(task, folder, seed)
     config = FineTuneConfig(
         epochs=plan["epochs"],
         batch_size=plan["batch_size"],
@@ -83,15 +75,14 @@ def run(
         seed=seed,
     )
     cpu, began = time.process_time(), time.perf_counter()
-    stopped = fine_tune(wanted, model, tokenizer, config).stopped
+    stopped = fine_tune(task, model, tokenizer, config).stopped
     if stopped:  # a model that is half trained is no result
-        raise SystemExit(f"{task}, seed {seed}: stopped by {stopped}")
+        raise SystemExit(f"seed {seed}: stopped by {stopped}")
     seconds = time.perf_counter() - began
     cpu = time.process_time() - cpu
-    examples = load_examples(*scored)
     precision = pick_precision(next(model.parameters()).device)
     scores = evaluate(
-        wanted,
+        task,
         model,
         tokenizer,
         examples,
@@ -102,7 +93,7 @@ def run(
         "scores": scores,
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu, 1),
-        "examples": len(wanted.training),
+        "examples": len(task.training),
         "scored": len(examples),
         "precision": str(precision).removeprefix("torch."),
     }
@@ -118,8 +109,6 @@ def main() -> None:
     parser.add_argument("--examples", type=int, help="only the first so many")
     parser.add_argument("--record", default="book/runs/fine-tuning.jsonl")
     asked = parser.parse_args()
-    named = {None: minilm(), "book": book_model()}
-    folder = str(named.get(asked.model, asked.model))
     for seed in asked.seed:
         for task in KINDS if asked.task == "all" else [asked.task]:
             plan = dict(PLANS[task])
@@ -135,7 +124,15 @@ def main() -> None:
             if recorded(asked.record, entry):
                 continue
             try:
-                entry |= run(task, plan, folder, seed)
+                kind, training, scored = KINDS[task]
+                some = load_examples(*training)[: plan.get("examples")]
+                entry |= run(
+                    kind(some),
+                    load_examples(*scored),
+                    plan,
+                    weights(asked.model),
+                    seed,
+                )
             except BertnbError as error:  # a set that is not to be had here
                 if asked.task != "all":
                     raise

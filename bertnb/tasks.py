@@ -162,7 +162,8 @@ class Shuffled:
 
     Args:
         group: how many batches are sorted by length among themselves: 1 is
-            plain shuffling.
+            plain shuffling. None: 50, or fewer, so that an epoch has at least
+            four groups.
     """
 
     def __init__(
@@ -171,10 +172,11 @@ class Shuffled:
         batch_size: int,
         pad_token_id: int,
         seed: int = 0,
-        group: int = 50,
+        group: int | None = None,
     ) -> None:
         self.rows, self.batch_size, self.pad = rows, batch_size, pad_token_id
-        self.seed, self.group = seed, group
+        quarter = len(rows) // (4 * batch_size)
+        self.seed, self.group = seed, group or min(50, max(1, quarter))
         self.per_epoch = -(-len(rows) // batch_size)
         self._order = lru_cache(maxsize=1)(self._shuffle)
 

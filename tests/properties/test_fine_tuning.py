@@ -132,6 +132,15 @@ def test_a_group_of_batches_is_sorted_and_its_batches_are_shuffled():
     assert widths(8) != sorted(widths(8), reverse=True)
 
 
+def test_an_epoch_has_at_least_four_groups():
+    def group(rows, size):
+        return Shuffled([Row(0, [7], [0])] * rows, size, 0).group
+
+    # what `transformers` does by length, too: a set's quarter, at most 50
+    assert group(1315, 16) == 20 and group(1316 * 16, 16) == 50
+    assert group(3, 16) == group(127, 16) == 1 and group(128, 16) == 2
+
+
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6))
 @settings(max_examples=25, deadline=None)
 def test_the_mask_is_left_out_only_where_nothing_is_padded(lengths):
