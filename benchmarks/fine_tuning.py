@@ -23,7 +23,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "0")  # a model may be on the hub
 import peers
-from trainer import PLANS, recorded, weights
+from trainer import plan_for, recorded, weights
 
 from bertnb import (
     BertnbError,
@@ -111,9 +111,7 @@ def main() -> None:
     asked = parser.parse_args()
     for seed in asked.seed:
         for task in KINDS if asked.task == "all" else [asked.task]:
-            plan = dict(PLANS[task])
-            if asked.examples:
-                plan["examples"] = asked.examples
+            plan = plan_for(task, asked.model, asked.examples)
             entry = {
                 "task": task,
                 "model": asked.model or "MiniLM-L6",

@@ -230,6 +230,18 @@ def weights(model: str | None) -> str:
     return str(named.get(model, model))
 
 
+def plan_for(
+    task: str, model: str | None, examples: int | None
+) -> dict[str, Any]:
+    """Return the plan of a task, as far as the model can follow it."""
+    plan = PLANS[task] | ({"examples": examples} if examples else {})
+    if "max_length" in plan:
+        config = transformers.AutoConfig.from_pretrained(weights(model))
+        most = config.max_position_embeddings
+        plan["max_length"] = min(plan["max_length"], most)
+    return plan
+
+
 def recorded(path: str, entry: dict[str, Any]) -> bool:
     """Return whether a record has a line with these values."""
     file = Path(path)
@@ -327,9 +339,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=-1)
     parser.add_argument("--record", default="book/runs/fine-tuning.jsonl")
     asked = parser.parse_args()
-    plan = dict(PLANS[asked.task])
-    if asked.examples:
-        plan["examples"] = asked.examples
+    plan = plan_for(asked.task, asked.model, asked.examples)
     for seed in asked.seed:
         entry = {
             "task": asked.task,
@@ -338,7 +348,7 @@ def main() -> None:
             "plan": plan,
             "seed": seed,
         }
-        if recorded(asked.record, entry):
+        if asked.steps < 0 and recorded(asked.record, entry):
             continue
         entry |= fine_tune(
             asked.task, plan, weights(asked.model), seed, asked.steps
