@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from dataclasses import replace
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "0")  # a model may be on the hub
@@ -55,6 +56,16 @@ KINDS: dict[str, tuple[Any, tuple[str, str], tuple[str, str]]] = {
         ("xquad.en", "validation"),
     ),
 }
+
+
+def to_learn(task: str, plan: dict[str, Any]) -> list[Any]:
+    """Return the examples of a plan: pairs in both orders, if it says so."""
+    examples = load_examples(*KINDS[task][1])[: plan.get("examples")]
+    if plan.get("both_orders"):
+        examples += [
+            replace(e, text=e.text_pair, text_pair=e.text) for e in examples
+        ]
+    return examples
 
 
 def run(
@@ -122,10 +133,9 @@ def main() -> None:
             if recorded(asked.record, entry):
                 continue
             try:
-                kind, training, scored = KINDS[task]
-                some = load_examples(*training)[: plan.get("examples")]
+                kind, _, scored = KINDS[task]
                 entry |= run(
-                    kind(some),
+                    kind(to_learn(task, plan)),
                     load_examples(*scored),
                     plan,
                     weights(asked.model),
