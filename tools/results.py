@@ -159,7 +159,6 @@ class Key:
     scored: int
     steps: str  # of a training that was cut short, or ""
     precision: str
-    machine: str
 
     @property
     def label(self) -> str:
@@ -177,7 +176,6 @@ class Key:
 def key_of(entry: Entry) -> Key:
     """Return what the run is filed under."""
     cut = re.search(r"--steps[ =](\d+)", entry["command"])
-    hardware = entry["hardware"]
     return Key(
         entry["task"],
         entry["model"],
@@ -186,7 +184,6 @@ def key_of(entry: Entry) -> Key:
         entry["scored"],
         cut[1] if cut else "",
         entry["precision"],
-        hardware.get("gpu") or hardware.get("cpu") or "unknown",
     )
 
 
@@ -302,10 +299,20 @@ def summary(groups: Groups) -> Iterator[str]:
     yield from table(["task", "score", *models.values()], rows)
 
 
-def seconds(runs: Sequence[Entry], name: str) -> str:
-    """Return the mean of a time in seconds, where all runs have it."""
+def seconds(
+    runs: Sequence[Entry], name: str, beside: Sequence[Entry] = ()
+) -> str:
+    """Return the mean of a time in seconds, where all runs have it, and they
+    and those beside them were on one machine."""
     times = [run[name] for run in runs if name in run]
-    return f"{fmean(times):,.0f}" if len(times) == len(runs) > 0 else "–"
+    one = len({machine(run) for run in [*runs, *beside]}) == 1
+    return f"{fmean(times):,.0f}" if one and len(times) == len(runs) else "–"
+
+
+def machine(run: Entry) -> str:
+    """Return what did the run."""
+    hardware = run["hardware"]
+    return str(hardware.get("gpu") or hardware.get("cpu") or "unknown")
 
 
 def training(key: Key, sides: dict[str, list[Entry]]) -> Iterator[str]:
@@ -319,8 +326,8 @@ def training(key: Key, sides: dict[str, list[Entry]]) -> Iterator[str]:
             str(len(runs)),
             f"{fmean(points(key.task, runs)):.2f}",
             "–" if found is None else f"{found:.2f}",
-            seconds(runs, "seconds"),
-            seconds(runs, "cpu_seconds"),
+            seconds(runs, "seconds", every),
+            seconds(runs, "cpu_seconds", every),
         ]
         for side, runs in sides.items()
         if runs
@@ -343,8 +350,7 @@ def training(key: Key, sides: dict[str, list[Entry]]) -> Iterator[str]:
 def machines(runs: Sequence[Entry]) -> str:
     """Return the machines of these runs."""
     return unique(
-        f"{run['hardware'].get('gpu') or run['hardware'].get('cpu')}, "
-        f"{run['hardware'].get('cores')} cores, threads: "
+        f"{machine(run)}, {run['hardware'].get('cores')} cores, threads: "
         f"{run['hardware'].get('threads')}"
         for run in runs
     )
@@ -362,7 +368,7 @@ def versions(runs: Sequence[Entry]) -> str:
 def details(runs: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
     """Return a table of all scores of each run."""
     names = list(dict.fromkeys(name for run in runs for name in run["scores"]))
-    head = ["by", "seed", *names, "seconds", "CPU seconds", "load"]
+    head = ["by", "seed", *names, "seconds", "CPU seconds", "load", "machine"]
     rows = []
     for run in runs:
         scores = [run["scores"].get(name) for name in names]
@@ -374,6 +380,7 @@ def details(runs: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
                 seconds([run], "seconds"),
                 seconds([run], "cpu_seconds"),
                 f"{run['hardware'].get('load', 0):.1f}",
+                machine(run),
                 run["commit"],
             ]
         )
@@ -407,7 +414,8 @@ def fine_tuning(path: Path) -> Iterator[str]:
         "",
         "Where runs shared their machine with other work, the seconds say how "
         "long it took and not which program is faster: the load stands beside "
-        "each run, and CPU seconds do not count the work of others.",
+        "each run, and CPU seconds do not count the work of others. Where seeds "
+        "were run on two machines, the times stand beside each seed only.",
         "",
     )
     for name, task in TASKS.items():

@@ -123,7 +123,6 @@ def test_a_subset_is_called_one(
     [
         {"plan": {"epochs": 3, "batch_size": 64}},
         {"precision": "bfloat16"},
-        {"hardware": {"gpu": "a large one"}},
         {"examples": 500},
     ],
 )
@@ -132,6 +131,18 @@ def test_runs_that_differ_are_not_compared(
 ) -> None:
     add(run(), run(by=results.THEIRS, **changes))
     assert "Difference" not in results.page(tmp_path)
+
+
+def test_times_of_two_machines_are_not_set_side_by_side(
+    tmp_path: Path, add: Add
+) -> None:
+    large = {"gpu": "a large one", "cores": 9}
+    add(*seeds([0.90, 0.92]), *seeds([0.91], by=results.THEIRS, hardware=large))
+    text = results.page(tmp_path)
+    assert "Difference: +0.00 points" in text
+    assert rows(text, "`bertnb.fine_tune`")[0][-2:] == ["–", "–"]
+    one = [r for r in rows(text, "`transformers.Trainer`") if r[1] == "0"]
+    assert one[0][-5:-1] == ["100", "50", "0.0", "a large one"]
 
 
 def test_the_column_of_a_reader_is_filled(tmp_path: Path, add: Add) -> None:
