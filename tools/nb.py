@@ -5,6 +5,7 @@ Each is paired with its source, executed, and the same bytes on every run.
 python tools/nb.py                      # all, stored beside their sources
 python tools/nb.py notebooks/01_*.md    # these only
 python tools/nb.py --into FOLDER        # stored there; the checkout stays
+python tools/nb.py --text               # where only text changed: keep outputs
 python tools/nb.py --check              # fail where an .ipynb is not its .md
 """
 
@@ -16,6 +17,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import chain
 from pathlib import Path
@@ -157,6 +159,27 @@ def build(source: Path, target: Path) -> float:
     return time.perf_counter() - started
 
 
+def retell(source: Path) -> str | None:
+    """Take over a source's text; return why not, where its code changed."""
+    target = source.with_suffix(".ipynb")
+    notebook, stored = read(source), nbformat.read(target, 4)
+    old, new = (
+        [cell for cell in some.cells if cell.cell_type == "code"]
+        for some in (stored, notebook)
+    )
+    if [cell.source for cell in old] != [cell.source for cell in new]:
+        return "has other code than its .ipynb"
+    for before, cell in zip(old, new, strict=True):
+        cell.outputs, cell.execution_count = (
+            before.outputs,
+            before.execution_count,
+        )
+    notebook.metadata["language_info"] = stored.metadata["language_info"]
+    write(source, jupytext.writes(notebook, fmt="md:myst"))
+    write(target, jupytext.writes(notebook, fmt="ipynb"))
+    return None
+
+
 def stale(source: Path) -> str | None:
     """Return why the .ipynb beside a source is not its notebook, or None."""
 
@@ -187,9 +210,11 @@ def stale(source: Path) -> str | None:
     return None
 
 
-def check(paths: list[Path]) -> int:
+def check(
+    paths: list[Path], reason: Callable[[Path], str | None] = stale
+) -> int:
     """Say which notebooks are not what their sources are."""
-    wrong = {path: why for path in paths if (why := stale(path))}
+    wrong = {path: why for path in paths if (why := reason(path))}
     for path, why in wrong.items():
         name = f"{path.parent.name}/{path.name}"
         print(f"nb: {name} {why}: run `make notebooks`", file=sys.stderr)
@@ -204,11 +229,14 @@ def main() -> int:
     parser.add_argument("sources", nargs="*", type=Path)
     parser.add_argument("--into", type=Path, metavar="FOLDER")
     parser.add_argument("--check", action="store_true", help="only compare")
+    parser.add_argument("--text", action="store_true", help="execute nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     paths = [path.resolve() for path in options.sources] or sources()
     if options.check:
         return check(paths)
+    if options.text:
+        return check(paths, retell)
     os.environ.update(environment())
     failed = 0
     with ThreadPoolExecutor(options.jobs) as pool:
