@@ -260,7 +260,7 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 values = json.loads(line)
             except json.JSONDecodeError as error:
                 raise BertnbError(
-                    f"{path}:{number}: not JSON: {error.msg} at column {error.colno}"
+                    f"{path}:{number}: not JSON, column {error.colno}: {error.msg}"
                 ) from error
             if not isinstance(values, dict):
                 raise BertnbError(
@@ -396,7 +396,7 @@ def span_tags(text: str, label: dict[str, Any], where: str) -> tuple[str, ...]:
             )
         if any(tag != "O" for tag in tags[first : last + 1]):
             warnings.warn(
-                f"{where}: {words!r} lies in a longer entity: left out",
+                f"{where}: {words!r} overlaps another entity: left out",
                 stacklevel=1,
             )
         else:

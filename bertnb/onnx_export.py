@@ -181,7 +181,7 @@ def _outputs(graph: OnnxGraph, model: Any) -> dict[str, str]:
     return found
 
 
-ONNX_BOUND = 1e-4  # the largest difference, relative to the largest output
+ONNX_BOUND = 1e-4  # of the largest output, or of 1 where that is less
 
 
 def export_onnx(model: nn.Module, path: str | Path) -> float:
@@ -206,7 +206,8 @@ def export_onnx(model: nn.Module, path: str | Path) -> float:
             an int8 or 16-bit model.
         IsADirectoryError: `path` is a folder.
         BertnbError: a package is missing, or the two differ by more than
-            1e-4 of the largest output; then there is no file.
+            1e-4 of the largest output, or of 1 where that is less; then there
+            is no file.
         ValueError: the weights are over the 2 GB that such a file may hold.
     """
     path = Path(path)

@@ -133,7 +133,7 @@ def test_of_overlapping_entities_the_longest_counts(tmp_path):
     file = tmp_path / "a.jsonl"
     label = {"person": {"京大": [[1, 2]]}, "place": {"北京大学": [[0, 3]]}}
     file.write_text(json.dumps({"text": "北京大学", "label": label}), "utf-8")
-    with pytest.warns(UserWarning, match=r"a.jsonl:1: '京大' lies in a longer"):
+    with pytest.warns(UserWarning, match=r"a.jsonl:1: '京大' overlaps another"):
         (found,) = read_tokens(file)
     assert found.tags == ("B-place", "I-place", "I-place", "I-place")
 
