@@ -20,6 +20,7 @@ import argparse
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "0")  # a model may be on the hub
@@ -74,6 +75,7 @@ def run(
     plan: dict[str, Any],
     folder: str,
     seed: int,
+    checkpoints: Path | None = None,
 ) -> dict[str, Any]:
     """Train on the task's examples, score others; return what to record."""
     model, tokenizer = load_for_task(task, folder, seed)
@@ -84,13 +86,16 @@ def run(
         max_length=plan.get("max_length", 128),
         min_steps=1,
         seed=seed,
+        output_dir=None if checkpoints is None else str(checkpoints),
+        eval_every=None if checkpoints is None else 200,
     )
-    cpu, began = time.process_time(), time.perf_counter()
-    stopped = fine_tune(task, model, tokenizer, config).stopped
-    if stopped:  # a model that is half trained is no result
-        raise SystemExit(f"seed {seed}: stopped by {stopped}")
-    seconds = time.perf_counter() - began
-    cpu = time.process_time() - cpu
+    cpu = time.process_time()
+    result = fine_tune(task, model, tokenizer, config)
+    if result.stopped:  # a model that is half trained is no result
+        raise SystemExit(f"seed {seed}: stopped by {result.stopped}")
+    times = {"seconds": sum(record["seconds"] for record in result.records)}
+    if checkpoints is None:  # else a part may be another process's
+        times["cpu_seconds"] = time.process_time() - cpu
     precision = pick_precision(next(model.parameters()).device)
     scores = evaluate(
         task,
@@ -102,8 +107,7 @@ def run(
     )
     return {
         "scores": scores,
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(cpu, 1),
+        **{name: round(value, 1) for name, value in times.items()},
         "examples": len(task.training),
         "scored": len(examples),
         "precision": str(precision).removeprefix("torch."),
@@ -119,6 +123,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--examples", type=int, help="only the first so many")
     parser.add_argument("--record", default="book/runs/fine-tuning.jsonl")
+    parser.add_argument(
+        "--checkpoints", type=Path, help="a folder; stopped, a run goes on"
+    )
     asked = parser.parse_args()
     for seed in asked.seed:
         for task in KINDS if asked.task == "all" else [asked.task]:
@@ -140,6 +147,7 @@ def main() -> None:
                     plan,
                     weights(asked.model),
                     seed,
+                    asked.checkpoints and asked.checkpoints / f"{task}-{seed}",
                 )
             except BertnbError as error:  # a set that is not to be had here
                 if asked.task != "all":

@@ -72,6 +72,11 @@ def test_both_sides_record_the_same_plan(
     assert len({line["by"] for line in lines}) == 2
     for line in lines:  # of four texts
         assert line["scores"]["accuracy"] in (0, 0.25, 0.5, 0.75, 1)
+    again = ("--model", model, "--seed", 0, "--record", tmp_path / "again")
+    again += ("--checkpoints", tmp_path / "runs")
+    call(fine_tuning, monkeypatch, "sst2", *again)
+    assert read(tmp_path / "again")[0]["scores"] == lines[0]["scores"]
+    assert (tmp_path / "runs" / "sst2-0" / "checkpoints").is_dir()
     for program in (fine_tuning, trainer):  # what is recorded is not run again
         call(program, monkeypatch, *asked)
     assert read(record) == lines
