@@ -492,7 +492,8 @@ def facts(seed: int | None = 0) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
         "seed": seed,
-        "commit": commit.stdout.strip() or os.environ.get("COMMIT"),
+        # a machine that only has a copy of the tree is told the commit
+        "commit": os.environ.get("COMMIT") or commit.stdout.strip() or None,
     }
 
 

@@ -132,6 +132,11 @@ def entries(
 
 NUMBER = (int, float)
 FACTS = {"command": str, "hardware": dict, "versions": dict}
+RATES: dict[str, type | tuple[type, ...]] = {
+    "task": str,
+    "plan": dict,
+    "score": NUMBER,
+}
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "task": str,
     "model": str,
@@ -268,11 +273,6 @@ def folded(title: str, lines: Sequence[str]) -> Iterator[str]:
     yield from (f":::{{dropdown}} {title}", *lines, ":::", "")
 
 
-def unique(values: Iterator[str]) -> str:
-    """Return the values, each once, in their order."""
-    return ", ".join(dict.fromkeys(values))
-
-
 # %% Fine-tuning
 def summary(groups: Groups) -> Iterator[str]:
     """Yield the table of tasks and models."""
@@ -340,7 +340,7 @@ def training(key: Key, sides: dict[str, list[Entry]]) -> Iterator[str]:
     yield (
         f"{key.examples:,} examples to learn from, {key.scored:,} scored; "
         f"{key.plan.replace('_', ' ')}; {key.precision}; "
-        f"{machines(every)}; {versions(every)}."
+        f"{machines(every)}."
     )
     yield ""
     commands = ["```bash", *(run["command"] for run in every), "```"]
@@ -348,21 +348,18 @@ def training(key: Key, sides: dict[str, list[Entry]]) -> Iterator[str]:
 
 
 def machines(runs: Sequence[Entry]) -> str:
-    """Return the machines of these runs."""
-    return unique(
+    """Return the machines of these runs, each with its versions."""
+    found = (
         f"{machine(run)}, {run['hardware'].get('cores')} cores, threads: "
-        f"{run['hardware'].get('threads')}"
+        + ", ".join(
+            [
+                str(run["hardware"].get("threads")),
+                *(f"{k} {number}" for k, number in run["versions"].items()),
+            ]
+        )
         for run in runs
     )
-
-
-def versions(runs: Sequence[Entry]) -> str:
-    """Return the versions under these runs."""
-    return unique(
-        f"{name} {number}"
-        for run in runs
-        for name, number in run["versions"].items()
-    )
+    return "; ".join(dict.fromkeys(found))
 
 
 def details(runs: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
@@ -385,6 +382,23 @@ def details(runs: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return [*head, "commit"], rows
+
+
+def rates(path: Path, task: str) -> Iterator[str]:
+    """Yield how the learning rate of a task was chosen."""
+    found = {
+        entry["plan"]["learning_rate"]: TASKS[task].scale * entry["score"]
+        for _, entry in entries(path, RATES)
+        if entry["task"] == task
+    }
+    if found:
+        pairs = sorted(found.items())
+        tried = ", ".join(f"{rate:g} gave {score:.2f}" for rate, score in pairs)
+        yield from (
+            "The rate was chosen by `bertnb.fine_tune` from MiniLM-L6, on "
+            f"examples apart from those scored here, one seed each: {tried}.",
+            "",
+        )
 
 
 def fine_tuning(path: Path) -> Iterator[str]:
@@ -423,6 +437,7 @@ def fine_tuning(path: Path) -> Iterator[str]:
         yield from (f"(results-{name})=", f"## {task.title}", "")
         link = f"[its chapter](../notebooks/{task.page}.ipynb)"
         yield from (f"{task.says}; {link}.", "")
+        yield from rates(path.with_name("fine-tuning-rates.jsonl"), name)
         for key, sides in mine.items():
             yield from training(key, sides)
         if not mine:
@@ -451,9 +466,7 @@ def percent(found: Sequence[Entry], *names: str) -> str:
 
 def source(found: Sequence[Entry]) -> str:
     """Return where figures come from."""
-    return (
-        f"From `{found[0]['command']}`; {machines(found)}; {versions(found)}."
-    )
+    return f"From `{found[0]['command']}`; {machines(found)}."
 
 
 def pieces(found: list[Entry]) -> Iterator[str]:

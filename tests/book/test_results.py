@@ -145,6 +145,16 @@ def test_times_of_two_machines_are_not_set_side_by_side(
     assert one[0][-5:-1] == ["100", "50", "0.0", "a large one"]
 
 
+def test_how_a_rate_was_chosen(tmp_path: Path, add: Add) -> None:
+    assert "The rate" not in results.page(tmp_path)
+    for rate, score in ((1e-4, 0.5), (2e-4, 0.625)):
+        entry = {"task": "sst2", "plan": {"learning_rate": rate}}
+        add(entry | {"score": score}, to="fine-tuning-rates.jsonl")
+    text = results.page(tmp_path)
+    assert "one seed each: 0.0001 gave 50.00, 0.0002 gave 62.50." in text
+    assert text.count("The rate was chosen") == 1
+
+
 def test_the_column_of_a_reader_is_filled(tmp_path: Path, add: Add) -> None:
     add(*seeds([0.92, 0.94], model=results.COLAB))
     (line,) = rows(results.page(tmp_path), "[SST-2](#results-sst2)")
