@@ -233,6 +233,7 @@ if TYPE_CHECKING:
     from bertnb.positions import (
         LearnedPositions,
         check_ids,
+        may_look,
         sinusoidal_positions,
     )
     from bertnb.pretraining import (
@@ -272,6 +273,7 @@ if TYPE_CHECKING:
         collate_rows,
         model_arguments,
         most_predictions,
+        move,
         pack_pairs,
         special_tokens,
         token_counts,
@@ -555,6 +557,7 @@ _HOME = {
     "mask_tokens": "masked_lm",
     "masked_crc32c": "checkpoints",
     "masked_lm_loss": "masked_lm",
+    "may_look": "positions",
     "mean_cross_entropy": "masked_lm",
     "measure_speed": "choices",
     "memory_advice": "recipe",
@@ -563,6 +566,7 @@ _HOME = {
     "model_arguments": "rows",
     "model_flops_utilization": "speed",
     "most_predictions": "rows",
+    "move": "rows",
     "named_config": "choices",
     "new_app": "terminal",
     "next_sentence_loss": "next_sentence",
@@ -846,6 +850,7 @@ __all__ = [
     "mask_tokens",
     "masked_crc32c",
     "masked_lm_loss",
+    "may_look",
     "mean_cross_entropy",
     "measure_speed",
     "memory_advice",
@@ -854,6 +859,7 @@ __all__ = [
     "model_arguments",
     "model_flops_utilization",
     "most_predictions",
+    "move",
     "named_config",
     "new_app",
     "next_sentence_loss",

@@ -204,6 +204,9 @@ class BertClassifier(PretrainedModel, ABC):
 
         Other arguments as in `BertModel`.
         """
+        shown = output_hidden_states or output_attentions
+        # of the last layer the pooler reads [CLS] alone, and no other place
+        nowhere = input_ids[:, :0].long() if self.pooled and not shown else None
         encoded = self.bert(
             input_ids,
             attention_mask,
@@ -211,6 +214,7 @@ class BertClassifier(PretrainedModel, ABC):
             position_ids,
             output_hidden_states,
             output_attentions,
+            nowhere,
         )
         vectors = (
             encoded.pooler_output if self.pooled else encoded.last_hidden_state

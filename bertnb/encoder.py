@@ -243,11 +243,11 @@ class BertModel(PretrainedModel):
         for name, places in read.items():
             if places is not None:
                 check_positions(places, name, *input_ids.shape)
-        first = cls_positions
-        if first is None:  # [CLS] begins the row
-            first = torch.zeros_like(input_ids[:, :1])
         positions = masked_positions
         if positions is not None and self.pooler is not None:
+            first = cls_positions
+            if first is None:  # [CLS] begins the row
+                first = positions.new_zeros(len(positions), 1)
             positions = torch.cat((positions, first), 1)  # (B, P + D)
         embedded = self.embeddings(input_ids, token_type_ids, position_ids)
         output = self.encoder(
@@ -255,7 +255,9 @@ class BertModel(PretrainedModel):
         )
         states = output.last_hidden_state
         if masked_positions is None:
-            to_pool = gather_positions(states, first)
+            to_pool = states[:, :1]
+            if cls_positions is not None:
+                to_pool = gather_positions(states, cls_positions)
         else:
             slots = masked_positions.shape[1]
             output.last_hidden_state, to_pool = states.tensor_split([slots], 1)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from bertnb.folders import PretrainedModel
 from bertnb.optimization import (
     SCHEDULES,
+    Step,
     adamw,
     pick_device,
     pick_precision,
@@ -114,8 +115,8 @@ class FineTuningRun:
         schedule = SCHEDULES[config.schedule]
         return config.learning_rate * schedule(step, warmup, self.total)
 
-    def steps(self) -> Iterator[int]:
-        """Take the steps that are still to be done; give their numbers."""
+    def steps(self) -> Iterator[Step]:
+        """Take the steps that are still to be done; report each."""
         config = self.config
         for report in train(
             self.model,
@@ -130,7 +131,7 @@ class FineTuningRun:
         ):
             self.done, self.since = report.step + 1, self.since + 1
             self.losses += report.loss.nan_to_num(0, 0, 0)
-            yield report.step
+            yield report
 
     def evaluate(self, seconds: float) -> None:
         """Score the model on the validation examples; keep it if it is best."""
@@ -158,7 +159,7 @@ class FineTuningRun:
         self.since = 0
         if self.waited == 0:
             state = self.model.state_dict()
-            self.best = {k: t.cpu().clone() for k, t in state.items()}
+            self.best = {k: t.to("cpu", copy=True) for k, t in state.items()}
             if config.output_dir is not None:
                 self.model.save_pretrained(config.output_dir)
                 self.tokenizer.save_pretrained(config.output_dir)
@@ -226,7 +227,8 @@ class FineTuningRun:
         refuse_changes(was, self.bound(), self.config.output_dir)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         self.done, self.since = state["done"], state["since"]
         self.losses = state["losses"]
         self.best = {k: t.cpu() for k, t in state["best"].items()}
@@ -370,9 +372,12 @@ def _go_on(run: FineTuningRun, stop: StopRequest, progress: bool) -> str | None:
         initial=run.done,
         disable=not progress,
     ) as bar:
-        for _ in run.steps():
+        for report in run.steps():
             bar.update()
-            if run.done == run.total or run.done % run.every == 0:
+            due = run.done == run.total or run.done % run.every == 0
+            if (due or stop.name) and report.failed:  # waits for the device
+                continue  # to the error of `train`, and saves nothing
+            if due:
                 run.evaluate(time.perf_counter() - clock)
                 clock = time.perf_counter()
                 score = run.records[-1].get(run.task.metric)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bertnb.masked_lm import IGNORE
+from bertnb.rows import move
 
 __all__ = [
     "parameter_groups",
@@ -349,7 +350,7 @@ def train(
     for step, batch in enumerate(batches, first_step):
         rate = schedule(step)
         set_learning_rate(optimizer, rate)
-        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+        inputs = {name: move(tensor, device) for name, tensor in batch.items()}
         most = min(parts, *(len(tensor) for tensor in inputs.values()))
         loss = accumulate_gradients(model, inputs, most, precision, scaler)
         if scaler is not None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bertnb.configuration import BertConfig
 
-__all__ = ["sinusoidal_positions", "LearnedPositions", "check_ids"]
+__all__ = ["sinusoidal_positions", "LearnedPositions", "may_look", "check_ids"]
 
 
 # %% The code: sinusoids
@@ -53,11 +53,22 @@ class LearnedPositions(nn.Embedding):
         return super().forward(position_ids)
 
 
+def may_look(values: Tensor) -> bool:
+    """Return whether a check may read a tensor's values.
+
+    A compiled graph has none to read. On a GPU each look lets the device run
+    dry, which no step of training should: it does not look while gradients
+    are recorded.
+    """
+    training = values.is_cuda and torch.is_grad_enabled()
+    return not (torch.compiler.is_compiling() or training or not values.numel())
+
+
 def check_ids(ids: Tensor, name: str, size: int, limit: str) -> None:
     """Raise a readable error for integer `ids` outside 0..size-1.
 
-    In a compiled graph, and on a GPU while gradients are recorded, nobody
-    looks at the values: PyTorch itself stops at a wrong one, less readably.
+    Where `may_look` says no, PyTorch itself stops at a wrong id: later, with
+    a message of the device's, and the process must be started again.
 
     Args:
         ids: what will index a table of `size` rows.
@@ -74,10 +85,8 @@ def check_ids(ids: Tensor, name: str, size: int, limit: str) -> None:
             f"{name} has dtype {ids.dtype}; expected torch.int64 ids "
             "(use .long())"
         )
-    if torch.compiler.is_compiling() or ids.numel() == 0:
-        return  # a compiled graph cannot look at values
-    if ids.device.type != "cpu" and torch.is_grad_enabled():
-        return  # each look would let the device run dry, in every step
+    if not may_look(ids):
+        return
     low, high = torch.stack(ids.aminmax()).tolist()
     if low < 0 or high >= size:
         bad = low if low < 0 else high

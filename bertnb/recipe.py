@@ -28,7 +28,7 @@ from bertnb.data import (
     split_sentences,
 )
 from bertnb.next_sentence import SAMPLERS, Sentence
-from bertnb.optimization import SCHEDULES
+from bertnb.optimization import SCHEDULES, pick_device
 from bertnb.rows import Documents, token_counts
 from bertnb.runs import World
 from bertnb.shards import Shards
@@ -323,7 +323,8 @@ def run_facts(config: Any, processes: int = 1) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text() if cpuinfo.exists() else ""
     cpu = re.search(r"model name\s*: (.+)", lines)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    device = pick_device(config.device)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "config": asdict(config),
         "hardware": {

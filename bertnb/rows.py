@@ -31,6 +31,7 @@ __all__ = [
     "Documents",
     "token_counts",
     "PretrainingData",
+    "move",
 ]
 
 
@@ -341,7 +342,7 @@ class PretrainingData:
         chosen = [rows[(start + j) % len(rows)] for j in range(self.batch_size)]
         batch = collate_rows(chosen, self.tokenizer, self.length, self.pack)
         batch = {
-            name: _move(t, torch.device(device)) for name, t in batch.items()
+            name: move(t, torch.device(device)) for name, t in batch.items()
         }
         share = (
             self.mlm_probability if mlm_probability is None else mlm_probability
@@ -426,8 +427,10 @@ def _blocks(
     return [run for _, run in runs], ranks * blocks
 
 
-def _move(tensor: Tensor, device: torch.device) -> Tensor:
+def move(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy to a device; the host need not wait for a GPU."""
-    if device.type == "cuda":
+    if device.type != "cuda":
+        return tensor.to(device)
+    if tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

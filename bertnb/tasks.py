@@ -20,6 +20,7 @@ from bertnb.inference import evaluating, length_batches
 from bertnb.masked_lm import IGNORE
 from bertnb.optimization import SCHEDULES, autocast
 from bertnb.recipe import PRECISIONS
+from bertnb.rows import move
 from bertnb.tokenization import WordPieceTokenizer
 
 __all__ = [
@@ -234,7 +235,7 @@ def row_logits(
     with evaluating(model), autocast(device, precision):
         for batch in length_batches(lengths, batch_size):
             padded = pad_rows([rows[i] for i in batch], pad_token_id, False)
-            output = model(**{k: t.to(device) for k, t in padded.items()})
+            output = model(**{k: move(t, device) for k, t in padded.items()})
             logits = task.logits(output).float().cpu()
             for i, scores in zip(batch, logits, strict=True):
                 found[i] = scores if scores.dim() == 1 else scores[: lengths[i]]
