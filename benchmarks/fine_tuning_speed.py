@@ -41,18 +41,26 @@ class Clock(transformers.TrainerCallback):
     """Time from the end of the third step to the end of the last."""
 
     def __init__(self) -> None:
-        self.marks: list[tuple[float, float]] = []
+        self.steps = 0
+        self.begin = self.end = (0.0, 0.0)
 
-    def mark(self) -> None:
-        self.marks.append((time.perf_counter(), time.process_time()))
+    def now(self) -> tuple[float, float]:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # what it still has to do counts
+        return time.perf_counter(), time.process_time()
 
     def on_step_end(self, *arguments: Any, **more: Any) -> None:
-        self.mark()
+        self.steps += 1
+        if self.steps == 3:
+            self.begin = self.now()
+
+    def on_train_end(self, *arguments: Any, **more: Any) -> None:
+        self.end = self.now()
 
     def an_example(self) -> tuple[float, float]:
-        (wall, cpu), (end, cpu_end) = self.marks[2], self.marks[-1]
-        examples = BATCH * (len(self.marks) - 3)
-        return (end - wall) / examples, (cpu_end - cpu) / examples
+        examples = BATCH * (self.steps - 3)
+        wall, cpu = (b - a for a, b in zip(self.begin, self.end, strict=True))
+        return wall / examples, cpu / examples
 
 
 def ours(task: Any, steps: int, precision: str, seed: int) -> Clock:
@@ -63,7 +71,8 @@ def ours(task: Any, steps: int, precision: str, seed: int) -> Clock:
     run, clock = FineTuningRun(task, model, tokenizer, config), Clock()
     run.total = steps
     for _ in run.steps():
-        clock.mark()
+        clock.on_step_end()
+    clock.on_train_end()
     return clock
 
 

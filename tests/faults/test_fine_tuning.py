@@ -286,3 +286,24 @@ def test_a_loss_that_is_not_a_number_harms_no_weights(config, monkeypatch):
     assert same(model, ten.model)
     result = tune(config)  # the batches are whole again
     assert same(result.model, expected.model)
+
+
+@pytest.mark.parametrize("bad", [2, 3, 19])
+def test_a_device_that_is_asked_late_loses_nothing(config, monkeypatch, bad):
+    """On a GPU a step that failed is seen later: never by an evaluation."""
+    monkeypatch.setattr("bertnb.optimization._patience", lambda device: 16)
+    batch, model = Shuffled.batch, new()
+
+    def spoilt(self, step):
+        found = batch(self, step)
+        if step == bad:
+            found["labels"] = found["labels"] * torch.nan
+        return found
+
+    monkeypatch.setattr(Shuffled, "batch", spoilt)
+    with pytest.raises(FloatingPointError, match=f"at step {bad}"):
+        fine_tune(TASK, model, TOKENIZER, config, progress=False)
+    log = Path(config.output_dir) / "log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else ["facts"]
+    assert len(lines) - 1 == bad // config.eval_every  # those before it
+    assert all(p.isfinite().all() for p in model.parameters())
