@@ -429,8 +429,6 @@ def _blocks(
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy to a device; the host need not wait for a GPU."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    if tensor.device.type == "cpu":
+    if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=device.type == "cuda")

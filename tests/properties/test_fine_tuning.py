@@ -137,8 +137,10 @@ def test_an_epoch_has_at_least_four_groups():
         return Shuffled([Row(0, [7], [0])] * rows, size, 0).group
 
     # what `transformers` does by length, too: a set's quarter, at most 50
-    assert group(1315, 16) == 20 and group(1316 * 16, 16) == 50
-    assert group(3, 16) == group(127, 16) == 1 and group(128, 16) == 2
+    assert group(1315, 16) == 20
+    assert group(1316 * 16, 16) == 50
+    assert group(3, 16) == group(127, 16) == 1
+    assert group(128, 16) == 2
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6))

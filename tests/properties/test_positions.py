@@ -244,15 +244,6 @@ def test_ids_of_another_type_are_refused(dtype):
         check_ids(torch.zeros(2, dtype=dtype), "tokens", 5, "rows")
 
 
-def test_a_training_step_never_waits_for_the_device():
-    ids = torch.zeros(2, dtype=torch.int64, device="meta")  # has no values
-    check_ids(ids, "tokens", 5, "rows")
-    with pytest.raises(TypeError, match="tokens has dtype"):
-        check_ids(ids.float(), "tokens", 5, "rows")
-    with torch.no_grad(), pytest.raises((NotImplementedError, RuntimeError)):
-        check_ids(ids, "tokens", 5, "rows")  # here it looks
-
-
 def test_no_ids_at_all_are_fine():
     assert learned()(torch.zeros(2, 0, dtype=torch.int64)).shape == (2, 0, 8)
 
