@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +56,6 @@ KINDS: dict[str, tuple[Any, tuple[str, str], tuple[str, str]]] = {
         ("xquad.en", "validation"),
     ),
 }
-
-
-def to_learn(task: str, plan: dict[str, Any]) -> list[Any]:
-    """Return the examples of a plan: pairs in both orders, if it says so."""
-    examples = load_examples(*KINDS[task][1])[: plan.get("examples")]
-    if plan.get("both_orders"):
-        examples += [
-            replace(e, text=e.text_pair, text_pair=e.text) for e in examples
-        ]
-    return examples
 
 
 def run(
@@ -140,9 +129,10 @@ def main() -> None:
             if recorded(asked.record, entry):
                 continue
             try:
-                kind, _, scored = KINDS[task]
+                kind, training, scored = KINDS[task]
+                some = load_examples(*training)[: plan.get("examples")]
                 entry |= run(
-                    kind(to_learn(task, plan)),
+                    kind(some),
                     load_examples(*scored),
                     plan,
                     weights(asked.model),

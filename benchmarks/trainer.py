@@ -195,12 +195,10 @@ class Squad:
 
 
 def problem(
-    task: str, plan: dict[str, Any], tokenizer: Any
+    task: str, tokenizer: Any
 ) -> tuple[Any, Any, Any, dict[str, Any], Callable[[Any], dict[str, float]]]:
     """Return rows to learn from, rows to score, class, head, and scores."""
     train, test = globals()[task]()
-    if plan.get("both_orders"):
-        train = train[0] + [(b, a) for a, b in train[0]], 2 * train[1]
     if task in ("sst2", "stsb"):
         numbers = task == "stsb"
         return (
@@ -295,7 +293,7 @@ def fine_tune(
         cls: Any = transformers.AutoModelForQuestionAnswering
         counts = len(questions.task.training), len(questions.scored)
     else:
-        rows, scored, cls, head, score = problem(task, plan, tokenizer)
+        rows, scored, cls, head, score = problem(task, tokenizer)
         counts = len(rows), len(scored)
     network = cls.from_pretrained(model, **head)
     collate: Any = transformers.DataCollatorWithPadding(tokenizer)

@@ -29,14 +29,11 @@ Lines = list[dict[str, Any]]
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return a tiny checkpoint; SST-2 and STS-B are tiny, too."""
+    """Return a tiny checkpoint; SST-2 is tiny, too."""
     for name in ("sst2/train", "sst2/dev"):
         file = tmp_path / f"{name}.tsv"
         file.parent.mkdir(exist_ok=True)
         file.write_text("\n".join(["sentence\tlabel", *TEXTS, ""]), "utf-8")
-    (tmp_path / "stsb").mkdir()
-    lines = ["sentence1\tsentence2\tscore", "good film\tbad film\t1.5", ""]
-    (tmp_path / "stsb" / "train.tsv").write_text("\n".join(lines), "utf-8")
     monkeypatch.setenv("BERTNB_DATA", str(tmp_path))
     tokenizer = tokenizer_of("good bad film the was")
     folder = tmp_path / "model"
@@ -88,14 +85,6 @@ def test_a_plan_fits_the_model(model: str) -> None:
     assert plan["max_length"] == 128
     assert plan["examples"] == 7
     assert "examples" not in trainer.PLANS["squad"]
-
-
-def test_pairs_are_learnt_in_both_orders(model: str) -> None:
-    once = fine_tuning.to_learn("stsb", {})
-    twice = fine_tuning.to_learn("stsb", {"both_orders": True})
-    assert [(e.text, e.text_pair) for e in once] == [("good film", "bad film")]
-    assert twice[0] == once[0]
-    assert twice[1] == TextExample("bad film", 1.5, "good film")
 
 
 def test_held_out_phrases_share_no_four_words() -> None:
