@@ -24,6 +24,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "0")  # a model may be on the hub
 import peers
+import torch
 from trainer import plan_for, recorded, weights
 
 from bertnb import (
@@ -58,6 +59,15 @@ KINDS: dict[str, tuple[Any, tuple[str, str], tuple[str, str]]] = {
 }
 
 
+def set_dropout(model: torch.nn.Module, p: float) -> None:
+    """Drop this share of everything that the model drops some of."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = p
+        if hasattr(module, "dropout_p"):
+            module.dropout_p = p
+
+
 def run(
     task: Task,
     examples: list[Any],
@@ -68,6 +78,8 @@ def run(
 ) -> dict[str, Any]:
     """Train on the task's examples, score others; return what to record."""
     model, tokenizer = load_for_task(task, folder, seed)
+    if "dropout" in plan:
+        set_dropout(model, plan["dropout"])
     config = FineTuneConfig(
         epochs=plan["epochs"],
         batch_size=plan["batch_size"],

@@ -295,6 +295,9 @@ def fine_tune(
     else:
         rows, scored, cls, head, score = problem(task, tokenizer)
         counts = len(rows), len(scored)
+    if "dropout" in plan:
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            head[name] = plan["dropout"]
     network = cls.from_pretrained(model, **head)
     collate: Any = transformers.DataCollatorWithPadding(tokenizer)
     if task in ("wnut17", "wikigold"):
