@@ -24,7 +24,6 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "0")  # a model may be on the hub
 import peers
-import torch
 from trainer import plan_for, recorded, weights
 
 from bertnb import (
@@ -59,15 +58,6 @@ KINDS: dict[str, tuple[Any, tuple[str, str], tuple[str, str]]] = {
 }
 
 
-def set_dropout(model: torch.nn.Module, p: float) -> None:
-    """Drop this share of everything that the model drops some of."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = p
-        if hasattr(module, "dropout_p"):
-            module.dropout_p = p
-
-
 def run(
     task: Task,
     examples: list[Any],
@@ -78,14 +68,13 @@ def run(
 ) -> dict[str, Any]:
     """Train on the task's examples, score others; return what to record."""
     model, tokenizer = load_for_task(task, folder, seed)
-    if "dropout" in plan:
-        set_dropout(model, plan["dropout"])
     config = FineTuneConfig(
         epochs=plan["epochs"],
         batch_size=plan["batch_size"],
         learning_rate=plan["learning_rate"],
         max_length=plan.get("max_length", 128),
         min_steps=1,
+        dropout=plan.get("dropout"),
         seed=seed,
         output_dir=None if checkpoints is None else str(checkpoints),
         eval_every=None if checkpoints is None else 200,

@@ -200,6 +200,7 @@ _SETTINGS: _Options = {
         "Keep the embeddings and so many layers as they are. [default: none]",
     ),
     "layer_decay": (float, "Of the rate, a layer down. [default: 1.0]"),
+    "dropout": (float, "Dropped in training. [default: the model's share]"),
     "eval_every": (
         int,
         "Steps between scores. [default: an epoch, or a tenth]",

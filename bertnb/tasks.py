@@ -5,7 +5,8 @@ Written by tools/extract.py from notebooks/16_tasks.md: edit that notebook, not 
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import inf
@@ -34,6 +35,7 @@ __all__ = [
     "evaluate",
     "check_fit",
     "FineTuneConfig",
+    "dropping",
 ]
 
 
@@ -358,7 +360,8 @@ class FineTuneConfig:
     `weight_decay`, `bias_correction` and `max_grad_norm` as in pretraining.
     `frozen_layers`: None: all learn; 0: the embeddings stay as they are; more:
     so many of the lowest layers, too. `layer_decay`: each layer learns at this
-    fraction of the rate of the one above it, (16.13).
+    fraction of the rate of the one above it, (16.13). `dropout`: the share
+    that is dropped in training; None: the model's own.
 
     `seed`: of the order and of dropout. `device`: None: CUDA where there is
     one. `precision`: "float32", "bfloat16", "float16", or "auto", what the
@@ -384,6 +387,7 @@ class FineTuneConfig:
     patience: int | None = None
     frozen_layers: int | None = None
     layer_decay: float = 1.0
+    dropout: float | None = None
     seed: int = 0
     device: str | None = None
     precision: str = "auto"
@@ -403,6 +407,8 @@ class FineTuneConfig:
             "layer_decay", 0 < self.layer_decay <= 1, "more than 0, at most 1"
         )
         self._require("weight_decay", 0 <= self.weight_decay < inf, "0 or more")
+        share = 0.0 if self.dropout is None else self.dropout
+        self._require("dropout", 0 <= share < 1, "0 or more, less than 1")
         known = {"schedule": tuple(SCHEDULES), "precision": PRECISIONS}
         for name, values in known.items():
             expected = "one of " + ", ".join(values)
@@ -413,3 +419,24 @@ class FineTuneConfig:
             raise ValueError(
                 f"{name}={getattr(self, name)!r}: expected {expected}"
             )
+
+
+@contextmanager
+def dropping(model: nn.Module, share: float | None) -> Iterator[None]:
+    """Let all that drops a share of its input drop this one for a while.
+
+    Args:
+        share: 0 <= share < 1; None: what each drops anyway.
+    """
+    named = [
+        (module, "p" if isinstance(module, nn.Dropout) else "dropout_p")
+        for module in model.modules()
+    ]
+    before = [(m, n, getattr(m, n)) for m, n in named if hasattr(m, n)]
+    for module, name, value in before:
+        setattr(module, name, value if share is None else share)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)

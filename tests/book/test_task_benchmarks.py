@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny import config_for, tokenizer_of
 
 from bertnb import TextExample
@@ -86,19 +85,6 @@ def test_a_plan_fits_the_model(model: str) -> None:
     assert plan["max_length"] == 128
     assert plan["examples"] == 7
     assert "examples" not in trainer.PLANS["squad"]
-
-
-def test_a_plan_without_dropout_drops_nothing(model: str) -> None:
-    network = BertForPreTraining.from_pretrained(model).train()
-    ids = torch.tensor([[2, 5, 6, 7, 3]])
-
-    def same() -> bool:
-        twice = [network(ids).prediction_logits for _ in range(2)]
-        return torch.equal(*twice)
-
-    assert not same()
-    fine_tuning.set_dropout(network, 0.0)
-    assert same()
 
 
 def test_held_out_phrases_share_no_four_words() -> None:

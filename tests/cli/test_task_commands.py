@@ -349,6 +349,7 @@ def test_every_option_arrives(
         "parts": 4,
         "frozen_layers": 0,
         "layer_decay": 0.75,
+        "dropout": 0.25,
         "eval_every": 7,
         "patience": 6,
         "seed": 8,

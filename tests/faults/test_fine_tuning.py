@@ -200,6 +200,7 @@ def test_patience_may_change_when_a_run_goes_on(config):
         ("seed", 1),
         ("frozen_layers", None),
         ("layer_decay", 1.0),
+        ("dropout", 0.0),
     ],
 )
 def test_another_configuration_is_refused(config, name, value):

@@ -266,6 +266,28 @@ def test_frozen_layers_learn_again_after_an_error(monkeypatch):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_dropout_is_another_for_training_only(monkeypatch):
+    model, seen = new(config=TINY), []
+    ids = torch.tensor([[2, 5, 6, 7, 3]])
+    forward = BertForSequenceClassification.forward
+
+    def spy(self, *args, **kwargs):
+        if self.training:
+            twice = [forward(self, ids).logits for _ in range(2)]
+            seen.append(torch.equal(*twice))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(BertForSequenceClassification, "forward", spy)
+    for share, still in ((None, False), (0.0, True), (0.5, False)):
+        seen.clear()
+        tune(config=replace(CONFIG, dropout=share, min_steps=1), model=model)
+        assert set(seen) == {still}
+        model.train()
+        first, second = (forward(model, ids).logits for _ in range(2))
+        assert not torch.equal(first, second)  # as before
+    assert model.config.hidden_dropout_prob == 0.1
+
+
 @pytest.mark.equation("16.13")
 def test_the_lower_the_slower(measured):
     """Adam's first step is the learning rate long, where eps is little."""
@@ -561,6 +583,8 @@ def test_a_bad_validation_example_is_found_before_training(monkeypatch):
         ("warmup_ratio", 1.1),
         ("layer_decay", 0.0),
         ("layer_decay", 1.1),
+        ("dropout", -0.1),
+        ("dropout", 1.0),
         ("weight_decay", -0.1),
         ("weight_decay", float("nan")),
         ("schedule", "cosine"),
@@ -578,5 +602,6 @@ def test_the_ends_of_the_ranges_are_in():
         {"patience": 1, "eval_every": 1, "frozen_layers": 0, "epochs": 1},
         {"warmup_ratio": 0.0, "layer_decay": 1.0, "weight_decay": 0.0},
         {"warmup_ratio": 1.0, "layer_decay": 1e-3, "seed": 0, "parts": 1},
+        {"dropout": 0.0},
     ):
         replace(CONFIG, **changes)
