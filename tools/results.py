@@ -387,13 +387,18 @@ def details(runs: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
 def rates(path: Path, task: str) -> Iterator[str]:
     """Yield how the learning rate of a task was chosen."""
     found = {
-        entry["plan"]["learning_rate"]: TASKS[task].scale * entry["score"]
+        (entry["plan"]["learning_rate"], entry["plan"].get("dropout")): (
+            TASKS[task].scale * entry["score"]
+        )
         for _, entry in entries(path, RATES)
         if entry["task"] == task
     }
     if found:
-        pairs = sorted(found.items())
-        tried = ", ".join(f"{rate:g} gave {score:.2f}" for rate, score in pairs)
+        tried = ", ".join(
+            f"{rate:g}{'' if share is None else f' with dropout {share:g}'} "
+            f"gave {score:.2f}"
+            for (rate, share), score in found.items()
+        )
         yield from (
             "The rate was chosen by `bertnb.fine_tune` from MiniLM-L6, on "
             f"examples apart from those scored here, one seed each: {tried}.",
