@@ -352,11 +352,12 @@ def fine_tune(
     folder = config.output_dir
     check_fit(task, model, tokenizer, config.max_length)
     alone = nullcontext() if folder is None else locked(folder)
-    changed = (
+    with (
+        StopRequest() as stop,
+        alone,
         _frozen(model, config.frozen_layers),
         dropping(model, config.dropout),
-    )
-    with StopRequest() as stop, alone, changed[0], changed[1]:
+    ):
         run = FineTuningRun(task, model, tokenizer, config)
         run.resume()
         stopped = _go_on(run, stop, progress)
