@@ -74,6 +74,26 @@ def test_equal_to_transformers_in_both_directions(
         measured(a.grad - b.grad, 1e-5)
 
 
+def test_states_and_weights_are_whole_where_they_are_asked_for(tmp_path):
+    model = BertForSequenceClassification(TINY, num_labels=3).eval()
+    model.save_pretrained(tmp_path)
+    peer = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, attn_implementation="eager"
+    ).eval()
+    ids, mask, segments = batch()
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    theirs = peer(ids, mask, segments, **asked)
+    for shown in (asked, *({name: True} for name in asked)):
+        mine = model(ids, mask, segments, **shown)
+        for name in shown:
+            name = name.removeprefix("output_")
+            pairs = zip(getattr(mine, name), getattr(theirs, name), strict=True)
+            for a, b in pairs:
+                kept = mask.bool()  # what padding computes is nobody's
+                a, b = (t.transpose(1, -2)[kept] for t in (a, b))
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
 @pytest.mark.equation("17.1")
 def test_the_scores_are_the_formula_in_numpy(measured):
     torch.manual_seed(0)
