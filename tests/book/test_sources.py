@@ -184,7 +184,7 @@ EQUATIONS = {
     "19.1": r"F_1 =",
     "19.2": r"(h_i \odot m_i)\, W_c + b_c",
     "20.1": r"s_i = h_i \cdot w_s",
-    "20.2": r"\sum_{j=1}^{L} \exp s_j",
+    "20.2": r"\sum_{j=0}^{L-1} \exp s_j",
     "20.3": r"\lvert R_s \rvert",
 }
 
