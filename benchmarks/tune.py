@@ -1,11 +1,12 @@
-"""Choose the learning rate of each set in `plans.json`.
+"""Choose the hyper-parameters of each set in `plans.json`.
 
     BERTNB_DATA=../shared/data python benchmarks/tune.py stsb --rates 1e-4 2e-4
+    BERTNB_DATA=../shared/data python benchmarks/tune.py stsb --dropout 0
     python benchmarks/tune.py --choose
 
 The first trains MiniLM-L6 with `bertnb.fine_tune`, one seed a rate, and adds
-a line each to a record; the second writes the best rates into the plans. What
-is scored is never the set of the results: it is the validation set where
+a line each to a record; what else is named replaces the plan's. The last
+writes the plans that were best. What is scored is never the set of the results: it is the validation set where
 there is a test set too, and otherwise a part of the training set that shares
 nothing with the rest.
 """
@@ -56,15 +57,15 @@ def apart(examples: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def choose(record: str) -> None:
-    """Write the rate with the best score of each set into the plans."""
+    """Write the plan with the best score of each set into the plans."""
     with open(record, encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
-    for task, plan in PLANS.items():
+    plans = dict(PLANS)
+    for task in plans:
         found = [line for line in lines if line["task"] == task]
         if found:
-            best = max(found, key=lambda line: line["score"])
-            plan["learning_rate"] = best["plan"]["learning_rate"]
-    PLANS_FILE.write_text(json.dumps(PLANS, indent=1) + "\n", "utf-8")
+            plans[task] = max(found, key=lambda line: line["score"])["plan"]
+    PLANS_FILE.write_text(json.dumps(plans, indent=1) + "\n", "utf-8")
 
 
 def main() -> None:
@@ -72,14 +73,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("task", nargs="?", choices=KINDS)
-    parser.add_argument("--rates", type=float, nargs="+", default=[])
+    parser.add_argument("--rates", type=float, nargs="+")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--dropout", type=float)
     parser.add_argument("--choose", action="store_true")
     parser.add_argument("--record", default="book/runs/fine-tuning-rates.jsonl")
     asked = parser.parse_args()
     if asked.choose:
         choose(asked.record)
-    for rate in asked.rates:
-        plan = PLANS[asked.task] | {"learning_rate": rate}
+        return
+    named = {
+        name: getattr(asked, name)
+        for name in ("epochs", "batch_size", "dropout")
+        if getattr(asked, name) is not None
+    }
+    planned = PLANS[asked.task] | named
+    for rate in asked.rates or [planned["learning_rate"]]:
+        plan = planned | {"learning_rate": rate}
         kind = KINDS[asked.task][0]
         training, scored = held_out(asked.task)
         found = run(kind(training), scored, plan, minilm(), 0)
