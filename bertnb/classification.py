@@ -204,9 +204,8 @@ class BertClassifier(PretrainedModel, ABC):
 
         Other arguments as in `BertModel`.
         """
-        shown = output_hidden_states or output_attentions
         # of the last layer the pooler reads [CLS] alone, and no other place
-        nowhere = input_ids[:, :0].long() if self.pooled and not shown else None
+        nowhere = input_ids[:, :0].long() if self.pooled else None
         encoded = self.bert(
             input_ids,
             attention_mask,

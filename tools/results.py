@@ -384,24 +384,40 @@ def details(runs: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
     return [*head, "commit"], rows
 
 
-def rates(path: Path, task: str) -> Iterator[str]:
-    """Yield how the learning rate of a task was chosen."""
-    found = {
-        (entry["plan"]["learning_rate"], entry["plan"].get("dropout")): (
-            TASKS[task].scale * entry["score"]
+def tried(plans: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the rate of each plan, and what else is not alike in all."""
+    names = [
+        name
+        for name in dict.fromkeys(name for plan in plans for name in plan)
+        if len({plan.get(name) for plan in plans}) > 1
+    ]
+    return [
+        f"{plan['learning_rate']:g}"
+        + "".join(
+            f", {name.replace('_', ' ')} {plan[name]:g}"
+            for name in names
+            if name in plan and name != "learning_rate"
         )
-        for _, entry in entries(path, RATES)
-        if entry["task"] == task
-    }
+        for plan in plans
+    ]
+
+
+def rates(path: Path, task: str) -> Iterator[str]:
+    """Yield how the plan of a task was chosen."""
+    found = [
+        entry for _, entry in entries(path, RATES) if entry["task"] == task
+    ]
     if found:
-        tried = ", ".join(
-            f"{rate:g}{'' if share is None else f' with dropout {share:g}'} "
-            f"gave {score:.2f}"
-            for (rate, share), score in found.items()
+        scores = [TASKS[task].scale * entry["score"] for entry in found]
+        plans = tried([entry["plan"] for entry in found])
+        listed = "; ".join(
+            f"{plan} gave {score:.2f}"
+            for plan, score in zip(plans, scores, strict=True)
         )
         yield from (
-            "The rate was chosen by `bertnb.fine_tune` from MiniLM-L6, on "
-            f"examples apart from those scored here, one seed each: {tried}.",
+            "The learning rate was chosen by `bertnb.fine_tune` from "
+            "MiniLM-L6, on examples apart from those scored here, one seed "
+            f"each: {listed}.",
             "",
         )
 
