@@ -274,6 +274,22 @@ def folded(title: str, lines: Sequence[str]) -> Iterator[str]:
 
 
 # %% Fine-tuning
+def marks(key: Key, groups: Groups) -> str:
+    """Return what sets these runs apart: a part of the examples, and what
+    other plans of the same model have not."""
+    others = [
+        set(other.plan.split(", "))
+        for other in groups
+        if (other.task, other.model) == (key.task, key.model)
+    ]
+    apart = [
+        part.replace("_", " ")
+        for part in key.plan.split(", ")
+        if any(part not in plan for plan in others)
+    ]
+    return ", ".join([key.label, *apart] if key.label else apart)
+
+
 def summary(groups: Groups) -> Iterator[str]:
     """Yield the table of tasks and models."""
     others = dict.fromkeys(key.model for key in groups)
@@ -292,7 +308,7 @@ def summary(groups: Groups) -> Iterator[str]:
                             ("Trainer", sides[THEIRS]),
                         )
                         if runs
-                    ] + ([f"*{key.label}*"] if key.label else [])
+                    ] + [f"*{said}*" for said in [marks(key, groups)] if said]
             empty = "*yours to fill*" if model == COLAB else "–"
             cells.append("<br>".join(found) or empty)
         rows.append([f"[{task.title}](#results-{name})", task.score, *cells])
@@ -315,10 +331,12 @@ def machine(run: Entry) -> str:
     return str(hardware.get("gpu") or hardware.get("cpu") or "unknown")
 
 
-def training(key: Key, sides: dict[str, list[Entry]]) -> Iterator[str]:
+def training(key: Key, groups: Groups) -> Iterator[str]:
     """Yield what came out of one plan with one model."""
+    sides = groups[key]
     every = sides[OURS] + sides[THEIRS]
-    label = f" ({key.label})" if key.label else ""
+    said = marks(key, groups)
+    label = f" ({said})" if said else ""
     yield from (f"### {MODELS.get(key.model, key.model)}{label}", "")
     rows = [
         [
@@ -454,13 +472,13 @@ def fine_tuning(path: Path) -> Iterator[str]:
         "",
     )
     for name, task in TASKS.items():
-        mine = {k: v for k, v in groups.items() if k.task == name}
+        mine = [key for key in groups if key.task == name]
         yield from (f"(results-{name})=", f"## {task.title}", "")
         link = f"[its chapter](../notebooks/{task.page}.ipynb)"
         yield from (f"{task.says}; {link}.", "")
         yield from rates(path.with_name("fine-tuning-rates.jsonl"), name)
-        for key, sides in mine.items():
-            yield from training(key, sides)
+        for key in mine:
+            yield from training(key, groups)
         if not mine:
             yield from ("No run is recorded.", "")
 

@@ -133,6 +133,15 @@ def test_runs_that_differ_are_not_compared(
     assert "Difference" not in results.page(tmp_path)
 
 
+def test_two_plans_are_told_apart(tmp_path: Path, add: Add) -> None:
+    add(run(), run(plan={"epochs": 2, "batch_size": 32, "dropout": 0.0}))
+    text = results.page(tmp_path)
+    cell = rows(text, "[SST-2](#results-sst2)")[0][2]
+    for said in ("batch size 64", "batch size 32, dropout 0.0"):
+        assert f"### MiniLM-L6 ({said})" in text
+        assert f"*{said}*" in cell
+
+
 def test_times_of_two_machines_are_not_set_side_by_side(
     tmp_path: Path, add: Add
 ) -> None:
