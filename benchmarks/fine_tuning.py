@@ -69,12 +69,9 @@ def run(
     """Train on the task's examples, score others; return what to record."""
     model, tokenizer = load_for_task(task, folder, seed)
     config = FineTuneConfig(
-        epochs=plan["epochs"],
-        batch_size=plan["batch_size"],
-        learning_rate=plan["learning_rate"],
-        max_length=plan.get("max_length", 128),
+        **{"max_length": 128}
+        | {name: value for name, value in plan.items() if name != "examples"},
         min_steps=1,
-        dropout=plan.get("dropout"),
         seed=seed,
         output_dir=None if checkpoints is None else str(checkpoints),
         eval_every=None if checkpoints is None else 200,

@@ -278,6 +278,14 @@ def settings(
     )
 
 
+def freeze(network: Any, layers: int | None) -> None:
+    """Keep the embeddings and so many layers as they are."""
+    if layers is not None:
+        encoder = network.base_model
+        for part in (encoder.embeddings, *encoder.encoder.layer[:layers]):
+            part.requires_grad_(False)
+
+
 def fine_tune(
     task: str, plan: dict[str, Any], model: str, seed: int, steps: int = -1
 ) -> dict[str, Any]:
@@ -299,6 +307,7 @@ def fine_tune(
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             head[name] = plan["dropout"]
     network = cls.from_pretrained(model, **head)
+    freeze(network, plan.get("frozen_layers"))
     collate: Any = transformers.DataCollatorWithPadding(tokenizer)
     if task in ("wnut17", "wikigold"):
         collate = transformers.DataCollatorForTokenClassification(tokenizer)

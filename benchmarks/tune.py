@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--dropout", type=float)
+    parser.add_argument("--frozen-layers", type=int)
     parser.add_argument("--choose", action="store_true")
     parser.add_argument("--record", default="book/runs/fine-tuning-rates.jsonl")
     asked = parser.parse_args()
@@ -85,7 +86,7 @@ def main() -> None:
         return
     named = {
         name: getattr(asked, name)
-        for name in ("epochs", "batch_size", "dropout")
+        for name in ("epochs", "batch_size", "dropout", "frozen_layers")
         if getattr(asked, name) is not None
     }
     planned = PLANS[asked.task] | named

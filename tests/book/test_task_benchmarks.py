@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from tiny import config_for, tokenizer_of
 
-from bertnb import TextExample
+from bertnb import SequenceClassification, TextExample, load_for_task
+from bertnb.fine_tuning import _frozen
 from bertnb.pretraining import BertForPreTraining
 
 pytest.importorskip("transformers")
@@ -113,6 +114,44 @@ def test_the_best_rate_becomes_the_plan(
         "sst2": {"learning_rate": 0.2},
         "squad": {"learning_rate": 1.0},
     }
+
+
+def test_what_is_named_replaces_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"scores": {"accuracy": 0.5}}
+    monkeypatch.setattr(tune, "held_out", lambda _: ([], []))
+    monkeypatch.setattr(tune, "minilm", str)
+    monkeypatch.setattr(tune, "run", lambda *_: found)
+    named = ("--dropout", 0, "--batch-size", 8, "--frozen-layers", 0)
+    rates = ("--rates", 0.1, 0.2)
+    for more in ((), rates):
+        record = tmp_path / f"{len(more)}.jsonl"
+        asked = ("sst2", *named, *more, "--record", record)
+        call(tune, monkeypatch, *asked)
+        plan = trainer.PLANS["sst2"] | {"dropout": 0.0, "batch_size": 8}
+        tried = [0.1, 0.2] if more else [plan["learning_rate"]]
+        assert [line["plan"] for line in read(record)] == [
+            plan | {"frozen_layers": 0, "learning_rate": r} for r in tried
+        ]
+
+
+def held(network: Any) -> int:
+    """Return how many weights do not learn."""
+    return sum(p.numel() for p in network.parameters() if not p.requires_grad)
+
+
+def test_the_peer_freezes_what_ours_does(model: str) -> None:
+    theirs = trainer.transformers.AutoModelForSequenceClassification
+    network = theirs.from_pretrained(model)
+    trainer.freeze(network, None)
+    assert held(network) == 0
+    task = SequenceClassification([TextExample("good", "x")] * 2)
+    ours, _ = load_for_task(task, model)
+    for layers in (0, 1):
+        trainer.freeze(network, layers)
+        with _frozen(ours, layers):
+            assert held(network) == held(ours) > 0
 
 
 def test_a_bag_of_words_is_recorded(model: str, tmp_path: Path) -> None:
