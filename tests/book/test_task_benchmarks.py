@@ -25,6 +25,7 @@ import trainer
 import tune
 
 TEXTS = ["good film\t1", "bad film\t0", "the film was good\t1", "bad\t0"]
+GOOD_AND_BAD = [TextExample("good", "1"), TextExample("bad", "0")]
 Lines = list[dict[str, Any]]
 
 
@@ -120,7 +121,7 @@ def test_what_is_named_replaces_the_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {"scores": {"accuracy": 0.5}}
-    monkeypatch.setattr(tune, "held_out", lambda _: ([], []))
+    monkeypatch.setattr(tune, "held_out", lambda _: (GOOD_AND_BAD, []))
     monkeypatch.setattr(tune, "minilm", str)
     monkeypatch.setattr(tune, "run", lambda *_: found)
     named = ("--dropout", 0, "--batch-size", 8, "--frozen-layers", 0)
@@ -146,7 +147,7 @@ def test_the_peer_freezes_what_ours_does(model: str) -> None:
     network = theirs.from_pretrained(model)
     trainer.freeze(network, None)
     assert held(network) == 0
-    task = SequenceClassification([TextExample("good", "x")] * 2)
+    task = SequenceClassification(GOOD_AND_BAD)
     ours, _ = load_for_task(task, model)
     for layers in (0, 1):
         trainer.freeze(network, layers)
