@@ -6,9 +6,9 @@
 
 The first trains MiniLM-L6 with `bertnb.fine_tune`, one seed a rate, and adds
 a line each to a record; what else is named replaces the plan's. The last
-writes the plans that were best. What is scored is never the set of the results: it is the validation set where
-there is a test set too, and otherwise a part of the training set that shares
-nothing with the rest.
+writes the plans that were best. What is scored is never the set of the
+results: it is the validation set where there is a test set too, and otherwise
+a part of the training set that shares nothing with the rest.
 """
 
 from __future__ import annotations

@@ -433,9 +433,9 @@ def rates(path: Path, task: str) -> Iterator[str]:
             for plan, score in zip(plans, scores, strict=True)
         )
         yield from (
-            "The learning rate was chosen by `bertnb.fine_tune` from "
-            "MiniLM-L6, on examples apart from those scored here, one seed "
-            f"each: {listed}.",
+            "The plan was chosen by `bertnb.fine_tune` from MiniLM-L6, on "
+            "examples apart from those scored here, one seed each. Learning "
+            f"rate {listed}.",
             "",
         )
 

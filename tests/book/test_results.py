@@ -155,7 +155,7 @@ def test_times_of_two_machines_are_not_set_side_by_side(
 
 
 def test_how_a_rate_was_chosen(tmp_path: Path, add: Add) -> None:
-    assert "rate was chosen" not in results.page(tmp_path)
+    assert "was chosen" not in results.page(tmp_path)
     for rate, score in ((1e-4, 0.5), (2e-4, 0.625)):
         entry = {"task": "sst2", "plan": {"epochs": 3, "learning_rate": rate}}
         add(entry | {"score": score}, to="fine-tuning-rates.jsonl")
@@ -163,10 +163,10 @@ def test_how_a_rate_was_chosen(tmp_path: Path, add: Add) -> None:
     add(entry | {"score": 0.75}, to="fine-tuning-rates.jsonl")
     text = results.page(tmp_path)
     assert (
-        "one seed each: 0.0001 gave 50.00; 0.0002 gave 62.50; "
+        "one seed each. Learning rate 0.0001 gave 50.00; 0.0002 gave 62.50; "
         "0.0002, dropout 0 gave 75.00."
     ) in text
-    assert text.count("The learning rate was chosen") == 1
+    assert text.count("The plan was chosen") == 1
 
 
 def test_the_column_of_a_reader_is_filled(tmp_path: Path, add: Add) -> None:
