@@ -24,6 +24,8 @@ from trainer import PLANS, PLANS_FILE, minilm
 
 from bertnb import load_examples
 
+NAMED = ("epochs", "batch_size", "dropout", "frozen_layers", "group", "average")
+
 
 def held_out(task: str) -> tuple[list[Any], list[Any]]:
     """Return examples to learn from, and others to choose a rate by."""
@@ -78,6 +80,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--dropout", type=float)
     parser.add_argument("--frozen-layers", type=int)
+    parser.add_argument("--group", type=int)
+    parser.add_argument("--average", type=float)
     parser.add_argument("--choose", action="store_true")
     parser.add_argument("--record", default="book/runs/fine-tuning-rates.jsonl")
     asked = parser.parse_args()
@@ -86,7 +90,7 @@ def main() -> None:
         return
     named = {
         name: getattr(asked, name)
-        for name in ("epochs", "batch_size", "dropout", "frozen_layers")
+        for name in NAMED
         if getattr(asked, name) is not None
     }
     planned = PLANS[asked.task] | named

@@ -19,6 +19,7 @@ from bertnb.examples import TextExample
 from bertnb.folders import PretrainedModel
 from bertnb.layers import initialize
 from bertnb.masked_lm import mean_cross_entropy
+from bertnb.packing import encode_packed, worth_packing
 from bertnb.tasks import Row, Task
 from bertnb.tokenization import WordPieceTokenizer
 
@@ -204,17 +205,22 @@ class BertClassifier(PretrainedModel, ABC):
 
         Other arguments as in `BertModel`.
         """
-        # of the last layer the pooler reads [CLS] alone, and no other place
-        nowhere = input_ids[:, :0].long() if self.pooled else None
-        encoded = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            output_hidden_states,
-            output_attentions,
-            nowhere,
-        )
+        inputs = input_ids, attention_mask, token_type_ids, position_ids
+        if (
+            self.training
+            and attention_mask is not None
+            and not (output_hidden_states or output_attentions)
+            and worth_packing(attention_mask)
+        ):  # without its padding
+            encoded = encode_packed(
+                self.bert, input_ids, attention_mask, *inputs[2:]
+            )
+        else:
+            # of the last layer the pooler reads [CLS] and no other place
+            nowhere = input_ids[:, :0].long() if self.pooled else None
+            encoded = self.bert(
+                *inputs, output_hidden_states, output_attentions, nowhere
+            )
         vectors = (
             encoded.pooler_output if self.pooled else encoded.last_hidden_state
         )

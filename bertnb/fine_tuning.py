@@ -8,13 +8,14 @@ import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from bertnb.folders import PretrainedModel
@@ -35,6 +36,8 @@ from bertnb.tasks import (
     Task,
     check_fit,
     dropping,
+    freezing,
+    layer_depth,
     load_for_task,
     row_logits,
 )
@@ -79,11 +82,17 @@ class FineTuningRun:
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
         rows, self.held = _labelled_rows(task, tokenizer, config.max_length)
         self.batches = Shuffled(
-            rows, config.batch_size, tokenizer.pad_token_id, config.seed
+            rows,
+            config.batch_size,
+            tokenizer.pad_token_id,
+            config.seed,
+            config.group,
         )
         self.total = max(
             config.epochs * self.batches.per_epoch, config.min_steps
         )
+        self.before_mean = self.total - round(config.average * self.total)
+        self.mean = AveragedModel(model) if config.average else None
         self.every = config.eval_every or max(
             self.batches.per_epoch, self.total // 10
         )
@@ -106,7 +115,7 @@ class FineTuningRun:
         """Return a parameter's share of the learning rate, (16.13)."""
         layers = self.model.config.num_hidden_layers
         return float(
-            self.config.layer_decay ** (layers + 1 - _depth(name, layers))
+            self.config.layer_decay ** (layers + 1 - layer_depth(name, layers))
         )
 
     def rate(self, step: int) -> float:
@@ -131,17 +140,26 @@ class FineTuningRun:
             self.scaler if self.scaler.is_enabled() else None,
         ):
             self.done, self.since = report.step + 1, self.since + 1
+            if self.mean is not None and self.done > self.before_mean:
+                self.mean.update_parameters(self.model)  # (16.14)
             self.losses += report.loss.nan_to_num(0, 0, 0)
             yield report
 
+    @property
+    def result(self) -> PretrainedModel:
+        """The model with the mean of the weights, once it has begun."""
+        if self.mean is None or self.done <= self.before_mean:
+            return self.model
+        return cast(PretrainedModel, self.mean.module)
+
     def evaluate(self, seconds: float) -> None:
-        """Score the model on the validation examples; keep it if it is best."""
+        """Score the result on the validation examples; keep it if it is best."""
         scores: dict[str, float] = {}
         task, config = self.task, self.config
         if self.held:
             logits = row_logits(
                 task,
-                self.model,
+                self.result,
                 self.held,
                 self.tokenizer.pad_token_id,
                 precision=self.precision,
@@ -159,10 +177,10 @@ class FineTuningRun:
         self.losses.zero_()
         self.since = 0
         if self.waited == 0:
-            state = self.model.state_dict()
+            state = self.result.state_dict()
             self.best = {k: t.to("cpu", copy=True) for k, t in state.items()}
             if config.output_dir is not None:
-                self.model.save_pretrained(config.output_dir)
+                self.result.save_pretrained(config.output_dir)
                 self.tokenizer.save_pretrained(config.output_dir)
 
     @property
@@ -195,6 +213,7 @@ class FineTuningRun:
             "losses": self.losses,
             "since": self.since,
             "best": self.best,
+            "mean": self.mean and self.mean.state_dict(),
             "log": json.dumps([self.facts, *self.records]),
         }
         Checkpoints(folder / "checkpoints", 1).save(self.done, state)
@@ -233,6 +252,8 @@ class FineTuningRun:
         self.done, self.since = state["done"], state["since"]
         self.losses = state["losses"]
         self.best = {k: t.cpu() for k, t in state["best"].items()}
+        if self.mean is not None:
+            self.mean.load_state_dict(state["mean"])
         self.facts, *self.records = json.loads(state["log"])
         self.facts["resumed_at"] = [*self.facts["resumed_at"], self.done]
         torch.set_rng_state(state["random"].cpu())
@@ -265,43 +286,6 @@ def _digest(rows: Sequence[Row]) -> str:
         read = row.example, row.input_ids, row.token_type_ids, row.targets
         digest.update(repr(read).encode())
     return digest.hexdigest()
-
-
-def _depth(name: str, layers: int) -> int:
-    """Return 0 for embeddings, 1 to N for layers, N + 1 for what is above."""
-    parts = name.split(".")
-    if "embeddings" in parts:
-        return 0
-    numbers = [int(part) for part in parts if part.isdecimal()]
-    inside = numbers and any(p in ("layer", "layers") for p in parts)
-    return numbers[0] + 1 if inside else layers + 1
-
-
-@contextmanager
-def _frozen(model: PretrainedModel, count: int | None) -> Iterator[None]:
-    """Take embeddings and the lowest layers out of training for a while.
-
-    Behind it the model has no dropout, however training ended.
-    """
-    layers = model.config.num_hidden_layers
-    count = -1 if count is None else count
-    if count > layers:
-        raise ValueError(
-            f"frozen_layers={count}: the model has num_hidden_layers={layers}"
-        )
-    held = [
-        parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and _depth(name, layers) <= count
-    ]
-    for parameter in held:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        model.eval()
-        for parameter in held:
-            parameter.requires_grad_(True)
 
 
 # %% The code: the loop on one screen
@@ -355,7 +339,7 @@ def fine_tune(
     with (
         StopRequest() as stop,
         alone,
-        _frozen(model, config.frozen_layers),
+        freezing(model, config.frozen_layers),
         dropping(model, config.dropout),
     ):
         run = FineTuningRun(task, model, tokenizer, config)

@@ -26,6 +26,7 @@ __all__ = [
     "collate_pairs",
     "special_tokens",
     "model_arguments",
+    "best_fit",
     "pack_pairs",
     "most_predictions",
     "Documents",
@@ -149,20 +150,16 @@ def _require(name: str, value: object, holds: bool, expected: str) -> None:
 
 
 # %% Filling rows
-def pack_pairs(
-    pairs: Sequence[Pair], length: int, pack: int
-) -> list[list[Pair]]:
-    """Put up to `pack` pairs in a row of `length` tokens, (10.2).
+def best_fit(sizes: Sequence[int], length: int, most: int) -> list[list[int]]:
+    """Put up to `most` things in a row of `length`; return their numbers.
 
-    Each pair in turn goes to the row where it leaves the least room, or begins
-    a new one ("best fit"). The rows come in the order in which they are begun:
-    with `pack` = 1 in the order of the pairs.
+    Each in turn goes to the row where it leaves the least room, or begins a
+    new one. The rows come in the order in which they are begun.
     """
-    rows: list[list[Pair]] = []
+    rows: list[list[int]] = []
     rooms: list[int] = []  # what is free in the open rows, ascending
-    with_room: dict[int, list[list[Pair]]] = defaultdict(list)
-    for pair in pairs:
-        size = 3 + len(pair.first) + len(pair.second)
+    with_room: dict[int, list[list[int]]] = defaultdict(list)
+    for number, size in enumerate(sizes):
         at = bisect_left(rooms, size)
         if at == len(rooms):
             rows.append([])
@@ -172,13 +169,22 @@ def pack_pairs(
             row = with_room[room].pop()
             if not with_room[room]:
                 del rooms[at]
-        row.append(pair)
+        row.append(number)
         room -= size
-        if len(row) < pack:
+        if len(row) < most:
             if not with_room[room]:
                 insort(rooms, room)
             with_room[room].append(row)
     return rows
+
+
+def pack_pairs(
+    pairs: Sequence[Pair], length: int, pack: int
+) -> list[list[Pair]]:
+    """Put up to `pack` pairs in a row of `length` tokens, (10.2), by
+    `best_fit`: with `pack` = 1 in the order of the pairs."""
+    sizes = [3 + len(pair.first) + len(pair.second) for pair in pairs]
+    return [[pairs[i] for i in row] for row in best_fit(sizes, length, pack)]
 
 
 def most_predictions(length: int, pack: int, mlm_probability: float) -> int:
@@ -301,11 +307,10 @@ class PretrainingData:
         share, where = self.short_seq_prob, f"with sampler={self.sampler!r}"
         possible = 0 <= share <= most
         _require("short_seq_prob", share, possible, f"0 to {most} {where}")
-        copies = self.dupe_factor
+        copies, rank, ranks = self.dupe_factor, self.rank, self.ranks
         possible = copies is None or copies >= 1
         _require("dupe_factor", copies, possible, "None, or 1 or more")
-        possible = 0 <= self.rank < self.ranks
-        _require("rank", self.rank, possible, f"0 to {self.ranks - 1}")
+        _require("rank", rank, 0 <= rank < ranks, f"0 to {ranks - 1}")
 
     def batch(
         self,

@@ -181,6 +181,7 @@ _SETTINGS: _Options = {
     "epochs": (int, "Times through the examples. [default: 3]"),
     "min_steps": (int, "But at least so many steps. [default: 200]"),
     "batch_size": (int, "Rows a step. [default: 32]"),
+    "group": (int, "Batches of like lengths; 1: by chance. [default: 50]"),
     "max_length": (int, "Tokens a row. [default: 128; 384 for questions]"),
     "learning_rate": (float, "Its peak. [default: 5e-5 x 768 / the width]"),
     "warmup_ratio": (
@@ -201,6 +202,7 @@ _SETTINGS: _Options = {
     ),
     "layer_decay": (float, "Of the rate, a layer down. [default: 1.0]"),
     "dropout": (float, "Dropped in training. [default: the model's share]"),
+    "average": (float, "Mean over the last share of steps. [default: 0.0]"),
     "eval_every": (
         int,
         "Steps between scores. [default: an epoch, or a tenth]",

@@ -34,6 +34,8 @@ __all__ = [
     "predict",
     "evaluate",
     "check_fit",
+    "layer_depth",
+    "freezing",
     "FineTuneConfig",
     "dropping",
 ]
@@ -339,6 +341,44 @@ def check_fit(
     task.prepare(model)
 
 
+# %% Which layers learn, and how fast
+def layer_depth(name: str, layers: int) -> int:
+    """Return 0 for embeddings, 1 to N for layers, N + 1 for what is above."""
+    parts = name.split(".")
+    if "embeddings" in parts:
+        return 0
+    numbers = [int(part) for part in parts if part.isdecimal()]
+    inside = numbers and any(p in ("layer", "layers") for p in parts)
+    return numbers[0] + 1 if inside else layers + 1
+
+
+@contextmanager
+def freezing(model: PretrainedModel, count: int | None) -> Iterator[None]:
+    """Take embeddings and the lowest layers out of training for a while.
+
+    Behind it the model has no dropout, however training ended.
+    """
+    layers = model.config.num_hidden_layers
+    count = -1 if count is None else count
+    if count > layers:
+        raise ValueError(
+            f"frozen_layers={count}: the model has num_hidden_layers={layers}"
+        )
+    held = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and layer_depth(name, layers) <= count
+    ]
+    for parameter in held:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.eval()
+        for parameter in held:
+            parameter.requires_grad_(True)
+
+
 # %% The code: one value for the settings
 _FROM_ZERO = ("frozen_layers", "seed")  # counts that may be 0
 
@@ -356,12 +396,16 @@ class FineTuneConfig:
     evaluations; None: an epoch, or a tenth of the run if that is longer.
 
     A step: `batch_size` rows of at most `max_length` tokens, in `parts`, one
-    after the other. `learning_rate`, `warmup_ratio`, `schedule`,
-    `weight_decay`, `bias_correction` and `max_grad_norm` as in pretraining.
+    after the other. `group`: how many batches are made of like lengths at a
+    time, see `Shuffled`: None: 50, or less; 1: by chance. `learning_rate`,
+    `warmup_ratio`, `schedule`, `weight_decay`, `bias_correction` and
+    `max_grad_norm` as in pretraining.
     `frozen_layers`: None: all learn; 0: the embeddings stay as they are; more:
     so many of the lowest layers, too. `layer_decay`: each layer learns at this
     fraction of the rate of the one above it, (16.13). `dropout`: the share
-    that is dropped in training; None: the model's own.
+    that is dropped in training; None: the model's own. `average`: the result
+    has the mean of the weights over this share of the steps, the last ones,
+    (16.14); 0: the last weights.
 
     `seed`: of the order and of dropout. `device`: None: CUDA where there is
     one. `precision`: "float32", "bfloat16", "float16", or "auto", what the
@@ -374,6 +418,7 @@ class FineTuneConfig:
     output_dir: str | None = None
     epochs: int = 3
     batch_size: int = 32
+    group: int | None = None
     learning_rate: float = 5e-5
     warmup_ratio: float = 0.1
     schedule: str = "hugging_face"
@@ -388,13 +433,14 @@ class FineTuneConfig:
     frozen_layers: int | None = None
     layer_decay: float = 1.0
     dropout: float | None = None
+    average: float = 0.0
     seed: int = 0
     device: str | None = None
     precision: str = "auto"
 
     def __post_init__(self) -> None:
         counts = "epochs batch_size parts max_length min_steps"
-        open_to_none = ("eval_every", "patience", "frozen_layers")
+        open_to_none = ("group", "eval_every", "patience", "frozen_layers")
         for name in (*counts.split(), *open_to_none, "seed"):
             value, least = getattr(self, name), int(name not in _FROM_ZERO)
             whole = isinstance(value, int) and value >= least
@@ -402,7 +448,8 @@ class FineTuneConfig:
             self._require(name, free or whole, f"{least}, {least + 1}, ...")
         for name in ("learning_rate", "max_grad_norm"):
             self._require(name, 0 < getattr(self, name) < inf, "more than 0")
-        self._require("warmup_ratio", 0 <= self.warmup_ratio <= 1, "0 to 1")
+        for name in ("warmup_ratio", "average"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "0 to 1")
         self._require(
             "layer_decay", 0 < self.layer_decay <= 1, "more than 0, at most 1"
         )

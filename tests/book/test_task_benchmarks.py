@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from tiny import config_for, tokenizer_of
 
-from bertnb import SequenceClassification, TextExample, load_for_task
-from bertnb.fine_tuning import _frozen
+from bertnb import SequenceClassification, TextExample, freezing, load_for_task
 from bertnb.pretraining import BertForPreTraining
 
 pytest.importorskip("transformers")
@@ -151,7 +150,7 @@ def test_the_peer_freezes_what_ours_does(model: str) -> None:
     ours, _ = load_for_task(task, model)
     for layers in (0, 1):
         trainer.freeze(network, layers)
-        with _frozen(ours, layers):
+        with freezing(ours, layers):
             assert held(network) == held(ours) > 0
 
 

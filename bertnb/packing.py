@@ -1,0 +1,105 @@
+"""Batches without padding.
+
+Written by tools/extract.py from notebooks/16_packing.md: edit that notebook, not this file.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bertnb.encoder import BertModel, BertOutput
+from bertnb.positions import may_look
+from bertnb.rows import best_fit
+
+__all__ = ["PACKED_LENGTH", "pack_lengths", "worth_packing", "encode_packed"]
+
+
+# %% The code
+PACKED_LENGTH = 64  # places in a packed row, where no text is longer
+
+
+def pack_lengths(lengths: Sequence[int], length: int) -> Tensor:
+    """Find places for texts in rows of `length`, the longest text first.
+
+    Returns:
+        int64 (B, 3), for each text: its row r, the place s where it begins
+        there, (16.15), and how many texts stand before it.
+    """
+    order = sorted(range(len(lengths)), key=lambda text: -lengths[text])
+    sizes = [lengths[text] for text in order]
+    found = torch.zeros(len(lengths), 3, dtype=torch.int64)
+    for row, members in enumerate(best_fit(sizes, length, len(sizes))):
+        start = 0
+        for slot, member in enumerate(members):
+            found[order[member]] = torch.tensor((row, start, slot))
+            start += sizes[member]
+    return found
+
+
+def worth_packing(attention_mask: Tensor) -> bool:
+    """Return whether a batch (B, L) would have less than nine tenths of its
+    places if it were packed, by (16.16).
+
+    Where `may_look` says no, nobody can know, and the answer is no; so it is
+    for a mask of queries by keys, and where a row does not begin with a token.
+    """
+    mask = attention_mask
+    if mask.dim() != 2 or not may_look(mask) or not mask[:, 0].all():
+        return False
+    lengths = mask.bool().sum(1)
+    longest = max(PACKED_LENGTH, int(lengths.max()))
+    return int(lengths.sum()) + longest < 0.9 * mask.numel()
+
+
+def encode_packed(
+    bert: BertModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> BertOutput:
+    """Compute what a head reads of padded rows (B, L), without the padding.
+
+    Args:
+        attention_mask: (B, L), with a token first in each row.
+        token_type_ids, position_ids: as in `BertModel`.
+
+    Returns:
+        With a pooler, `pooler_output` (B, H), and no other state; without,
+        `last_hidden_state` (B, L, H), 0 where there is padding.
+    """
+    mask = attention_mask.bool()
+    lengths = mask.sum(1).tolist()
+    length = max(PACKED_LENGTH, *lengths)
+    row, start, slot = pack_lengths(lengths, length).unbind(1)  # (B) each
+    shape = int(row.max()) + 1, length  # (R, L')
+    places = (row * length + start)[:, None] + mask.cumsum(1) - 1  # (B, L)
+    places = places[mask]  # (N), (16.15)
+
+    def spread(values: Tensor) -> Tensor:
+        flat = values.new_zeros(shape).flatten()
+        flat[places] = values.expand_as(mask)[mask]
+        return flat.view(shape)
+
+    if token_type_ids is None:
+        token_type_ids = torch.zeros_like(input_ids)
+    if position_ids is None:
+        position_ids = torch.arange(mask.shape[1])
+    texts = spread(torch.arange(1, len(mask) + 1)[:, None])
+    inputs = (
+        spread(input_ids),
+        texts[:, :, None] == texts[:, None, :],  # (R, L', L'), (10.4)
+        spread(token_type_ids),
+        spread(position_ids),
+    )
+    if bert.pooler is None:
+        states = bert(*inputs).last_hidden_state.flatten(0, 1)  # (R L', H)
+        unpacked = states.new_zeros(*mask.shape, states.shape[-1])
+        unpacked[mask] = states[places]
+        return BertOutput(unpacked)
+    first = row.new_zeros(shape[0], int(slot.max()) + 1)  # (R, D)
+    first[row, slot] = start
+    output = bert(*inputs, masked_positions=first[:, :0], cls_positions=first)
+    pooled = output.pooler_output[row, slot]  # (R, D, H) -> (B, H)
+    return BertOutput(output.last_hidden_state[row], pooled)
