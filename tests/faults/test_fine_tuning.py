@@ -106,8 +106,12 @@ def checkpoint(config):
     return file
 
 
+@pytest.mark.parametrize("average", [0.0, 0.7])  # from step 6 on
 @pytest.mark.parametrize("step", [1, 5, 7, 18])
-def test_killed_and_continued_is_the_whole_run(config, monkeypatch, step):
+def test_killed_and_continued_is_the_whole_run(
+    config, monkeypatch, step, average
+):
+    config = replace(config, average=average)
     expected = whole(config)
     at(monkeypatch, step, fail)
     with pytest.raises(OSError, match="the power failed"):
@@ -201,6 +205,8 @@ def test_patience_may_change_when_a_run_goes_on(config):
         ("frozen_layers", None),
         ("layer_decay", 1.0),
         ("dropout", 0.0),
+        ("average", 0.5),
+        ("group", 1),
     ],
 )
 def test_another_configuration_is_refused(config, name, value):

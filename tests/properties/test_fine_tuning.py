@@ -310,6 +310,42 @@ def test_the_lower_the_slower(measured):
         measured(found - xi ** (2 + 1 - level), 1e-3)
 
 
+@pytest.mark.equation("16.14")
+@pytest.mark.parametrize("average", [0.0, 0.25, 1.0])
+def test_the_result_is_the_mean_of_the_last_weights(measured, average):
+    config = replace(CONFIG, average=average)  # 12 steps
+    run = FineTuningRun(TASK, new(), TOKENIZER, config)
+    states = []
+    for _ in run.steps():
+        states.append(
+            [t.detach().clone().double() for t in run.model.parameters()]
+        )
+    last = states[-max(1, round(12 * average)) :]
+    result = tune(replace(TASK, validation=()), config).model
+    for parameter, *values in zip(result.parameters(), *last, strict=True):
+        measured((parameter - sum(values) / len(values)).abs().max(), 1e-6)
+
+
+def test_what_is_scored_and_saved_is_the_mean(tmp_path):
+    config = replace(CONFIG, average=0.5, output_dir=str(tmp_path))
+    result = tune(config=config)
+    saved, _ = load_for_task(TASK, tmp_path)
+    assert same(saved, result.model)
+    scores = {r["step"]: r["accuracy"] for r in result.records}
+    assert scores[result.best["step"]] == max(scores.values())
+    found = evaluate(TASK, result.model, TOKENIZER, max_length=12)
+    assert found["accuracy"] == result.best["accuracy"]
+
+
+def test_batches_by_chance_or_of_like_lengths():
+    def group(value):
+        config = replace(CONFIG, group=value)
+        return FineTuningRun(TASK, new(), TOKENIZER, config).batches.group
+
+    few = Shuffled([Row(0, [7], [0])] * 20, 8, 0).group
+    assert (group(None), group(1), group(3)) == (few, 1, 3)
+
+
 def test_the_bias_correction_and_the_recipe_reach_the_optimiser():
     config = replace(CONFIG, weight_decay=0.3, bias_correction=False)
     run = FineTuningRun(TASK, new(), TOKENIZER, config)
@@ -569,7 +605,11 @@ def test_a_bad_validation_example_is_found_before_training(monkeypatch):
             )
             for v in (0, 1.5, None)
         ),
-        *((n, v) for n in ("eval_every", "patience") for v in (0, 2.0)),
+        *(
+            (n, v)
+            for n in ("eval_every", "patience", "group")
+            for v in (0, 2.0)
+        ),
         ("frozen_layers", -1),
         ("frozen_layers", 0.5),
         ("seed", -1),
@@ -585,6 +625,8 @@ def test_a_bad_validation_example_is_found_before_training(monkeypatch):
         ("layer_decay", 1.1),
         ("dropout", -0.1),
         ("dropout", 1.0),
+        ("average", -0.1),
+        ("average", 1.1),
         ("weight_decay", -0.1),
         ("weight_decay", float("nan")),
         ("schedule", "cosine"),
@@ -602,6 +644,6 @@ def test_the_ends_of_the_ranges_are_in():
         {"patience": 1, "eval_every": 1, "frozen_layers": 0, "epochs": 1},
         {"warmup_ratio": 0.0, "layer_decay": 1.0, "weight_decay": 0.0},
         {"warmup_ratio": 1.0, "layer_decay": 1e-3, "seed": 0, "parts": 1},
-        {"dropout": 0.0},
+        {"dropout": 0.0, "average": 1.0, "group": 1},
     ):
         replace(CONFIG, **changes)

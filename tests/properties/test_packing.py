@@ -1,5 +1,7 @@
 """A batch without its padding is the batch: vectors, loss and gradients."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -45,16 +47,19 @@ def bert(pooler):
     return BertModel(STILL, add_pooling_layer=pooler)
 
 
+@pytest.mark.equation("16.15")
 @given(lengths=LENGTHS, length=st.integers(30, 70))
 @settings(max_examples=50, deadline=None)
-def test_no_two_tokens_share_a_place_and_no_row_is_too_long(lengths, length):
+def test_no_two_tokens_share_a_place_and_no_row_is_too_long(
+    measured, lengths, length
+):
     found = pack_lengths(lengths, length).tolist()
     places = [
         (row, start + i)
         for (row, start, _), n in zip(found, lengths, strict=True)
         for i in range(n)
     ]
-    assert len(set(places)) == sum(lengths)
+    measured(sum(lengths) - len(set(places)), 0)
     assert all(0 <= place < length for _, place in places)
     rows = {row for row, _, _ in found}
     assert rows == set(range(len(rows)))  # none is left empty
@@ -110,6 +115,15 @@ def test_a_mask_with_holes_keeps_its_tokens():
     expected = model(**batch).last_hidden_state[mask.bool()]
     found = encode_packed(model, **batch).last_hidden_state[mask.bool()]
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.equation("16.16")
+@given(texts=st.integers(1, 200), length=st.integers(1, 20))
+@settings(max_examples=25, deadline=None)
+def test_rows_that_are_filled_to_the_last(measured, texts, length):
+    rows = int(pack_lengths([1] * texts, length)[:, 0].max()) + 1
+    assert rows * length < texts + length
+    measured(rows - math.ceil(texts / length), 0)
 
 
 @pytest.mark.parametrize(
