@@ -1,6 +1,6 @@
 """Batches without padding.
 
-Written by tools/extract.py from notebooks/16_packing.md: edit that notebook, not this file.
+Written by tools/extract.py from notebooks/16_unpadded.md: edit that notebook, not this file.
 """
 
 from collections.abc import Sequence
