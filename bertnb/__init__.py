@@ -233,6 +233,7 @@ if TYPE_CHECKING:
         PACKED_LENGTH,
         encode_packed,
         pack_lengths,
+        packed_length,
         worth_packing,
     )
     from bertnb.pairs import SequenceRegression, correlations
@@ -594,6 +595,7 @@ _HOME = {
     "original_warmup_decay": "optimization",
     "pack_lengths": "packing",
     "pack_pairs": "rows",
+    "packed_length": "packing",
     "pad_rows": "tasks",
     "parameter_count": "encoder",
     "parameter_groups": "optimization",
@@ -895,6 +897,7 @@ __all__ = [
     "original_warmup_decay",
     "pack_lengths",
     "pack_pairs",
+    "packed_length",
     "pad_rows",
     "parameter_count",
     "parameter_groups",

@@ -12,7 +12,13 @@ from bertnb.encoder import BertModel, BertOutput
 from bertnb.positions import may_look
 from bertnb.rows import best_fit
 
-__all__ = ["PACKED_LENGTH", "pack_lengths", "worth_packing", "encode_packed"]
+__all__ = [
+    "PACKED_LENGTH",
+    "pack_lengths",
+    "packed_length",
+    "worth_packing",
+    "encode_packed",
+]
 
 
 # %% The code
@@ -25,31 +31,46 @@ def pack_lengths(lengths: Sequence[int], length: int) -> Tensor:
     Returns:
         int64 (B, 3), for each text: its row r, the place s where it begins
         there, (16.15), and how many texts stand before it.
+
+    Raises:
+        ValueError: a text is longer than a row.
     """
+    if max(lengths, default=0) > length:
+        raise ValueError(
+            f"length={length}: expected {max(lengths)}, the longest text, or "
+            "more"
+        )
     order = sorted(range(len(lengths)), key=lambda text: -lengths[text])
     sizes = [lengths[text] for text in order]
-    found = torch.zeros(len(lengths), 3, dtype=torch.int64)
+    found = [(0, 0, 0)] * len(lengths)
     for row, members in enumerate(best_fit(sizes, length, len(sizes))):
         start = 0
         for slot, member in enumerate(members):
-            found[order[member]] = torch.tensor((row, start, slot))
+            found[order[member]] = row, start, slot
             start += sizes[member]
-    return found
+    return torch.tensor(found, dtype=torch.int64).reshape(-1, 3)
+
+
+def packed_length(lengths: Sequence[int]) -> int:
+    """Return L', the places of a packed row for these texts."""
+    return max(PACKED_LENGTH, *lengths)
 
 
 def worth_packing(attention_mask: Tensor) -> bool:
-    """Return whether a batch (B, L) would have less than nine tenths of its
-    places if it were packed, by (16.16).
+    """Return whether a batch (B, L) has less than nine tenths of its places
+    if it is packed.
 
-    Where `may_look` says no, nobody can know, and the answer is no; so it is
-    for a mask of queries by keys, and where a row does not begin with a token.
+    Where `may_look` says no, because a look would have to wait for a GPU,
+    nobody can know, and the answer is no; so it is for a mask of queries by
+    keys, and where a row does not begin with a token.
     """
     mask = attention_mask
     if mask.dim() != 2 or not may_look(mask) or not mask[:, 0].all():
         return False
-    lengths = mask.bool().sum(1)
-    longest = max(PACKED_LENGTH, int(lengths.max()))
-    return int(lengths.sum()) + longest < 0.9 * mask.numel()
+    lengths = mask.bool().sum(1).tolist()
+    length = packed_length(lengths)
+    rows = int(pack_lengths(lengths, length)[:, 0].max()) + 1
+    return rows * length < 0.9 * mask.numel()
 
 
 def encode_packed(
@@ -68,11 +89,20 @@ def encode_packed(
     Returns:
         With a pooler, `pooler_output` (B, H), and no other state; without,
         `last_hidden_state` (B, L, H), 0 where there is padding.
+
+    Raises:
+        ValueError: a row does not begin with a token.
     """
     mask = attention_mask.bool()
+    if not mask[:, 0].all():
+        raise ValueError(
+            "attention_mask has a row that does not begin with a token: pad "
+            "behind the text"
+        )
     lengths = mask.sum(1).tolist()
-    length = max(PACKED_LENGTH, *lengths)
-    row, start, slot = pack_lengths(lengths, length).unbind(1)  # (B) each
+    length = packed_length(lengths)
+    plan = pack_lengths(lengths, length).to(mask.device)
+    row, start, slot = plan.unbind(1)  # (B) each
     shape = int(row.max()) + 1, length  # (R, L')
     places = (row * length + start)[:, None] + mask.cumsum(1) - 1  # (B, L)
     places = places[mask]  # (N), (16.15)
@@ -85,8 +115,9 @@ def encode_packed(
     if token_type_ids is None:
         token_type_ids = torch.zeros_like(input_ids)
     if position_ids is None:
-        position_ids = torch.arange(mask.shape[1])
-    texts = spread(torch.arange(1, len(mask) + 1)[:, None])
+        position_ids = torch.arange(mask.shape[1], device=mask.device)
+    numbers = torch.arange(1, len(mask) + 1, device=mask.device)
+    texts = spread(numbers[:, None])  # (R, L'), 0 where there is none
     inputs = (
         spread(input_ids),
         texts[:, :, None] == texts[:, None, :],  # (R, L', L'), (10.4)

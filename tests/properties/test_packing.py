@@ -133,6 +133,7 @@ def test_rows_that_are_filled_to_the_last(measured, texts, length):
         ([30] * 12, False),  # full
         ([5, 2], False),  # one row of 64 is more than 2 of 5
         ([90] + [2] * 9, True),  # a row of 90
+        ([33] * 31 + [60], False),  # no two fit into a row
     ],
 )
 def test_packing_is_worth_it_where_places_are_saved(lengths, worth):
@@ -144,6 +145,10 @@ def test_what_cannot_be_packed_is_left_as_it_is():
     assert not worth_packing(mask[:, None] * mask[:, :, None])  # (B, L, L)
     mask[1, 0] = 0  # no [CLS]
     assert not worth_packing(mask)
+    with pytest.raises(ValueError, match="does not begin with a token"):
+        encode_packed(bert(True), batch_of(LONG)["input_ids"], mask)
+    with pytest.raises(ValueError, match="length=64: expected 70"):
+        pack_lengths([70, 3], 64)
 
 
 @pytest.mark.parametrize(
