@@ -112,17 +112,14 @@ def encode_packed(
         flat[places] = values.expand_as(mask)[mask]
         return flat.view(shape)
 
-    if token_type_ids is None:
-        token_type_ids = torch.zeros_like(input_ids)
-    if position_ids is None:
-        position_ids = torch.arange(mask.shape[1], device=mask.device)
+    places_alone = torch.arange(mask.shape[1], device=mask.device)  # (L)
     numbers = torch.arange(1, len(mask) + 1, device=mask.device)
     texts = spread(numbers[:, None])  # (R, L'), 0 where there is none
     inputs = (
         spread(input_ids),
         texts[:, :, None] == texts[:, None, :],  # (R, L', L'), (10.4)
-        spread(token_type_ids),
-        spread(position_ids),
+        None if token_type_ids is None else spread(token_type_ids),
+        spread(places_alone if position_ids is None else position_ids),
     )
     if bert.pooler is None:
         states = bert(*inputs).last_hidden_state.flatten(0, 1)  # (R L', H)

@@ -75,6 +75,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "tolist", tolist)  # is no operation
     monkeypatch.setattr("bertnb.positions.may_look", may)
     monkeypatch.setattr("bertnb.masked_lm.may_look", may)
+    monkeypatch.setattr("bertnb.packing.may_look", may)
     monkeypatch.setattr("bertnb.optimization._patience", lambda device: 16)
 
 
