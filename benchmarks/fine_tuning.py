@@ -69,7 +69,7 @@ def run(
     """Train on the task's examples, score others; return what to record."""
     model, tokenizer = load_for_task(task, folder, seed)
     config = FineTuneConfig(
-        **{"max_length": 128, "group": None}
+        **{"max_length": 128}
         | {name: value for name, value in plan.items() if name != "examples"},
         min_steps=1,
         seed=seed,

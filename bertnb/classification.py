@@ -206,12 +206,13 @@ class BertClassifier(PretrainedModel, ABC):
         Other arguments as in `BertModel`.
         """
         inputs = input_ids, attention_mask, token_type_ids, position_ids
+        every = output_hidden_states or output_attentions
         if (
             self.training
+            and not every
             and attention_mask is not None
-            and not (output_hidden_states or output_attentions)
             and worth_packing(attention_mask)
-        ):  # without its padding
+        ):
             encoded = encode_packed(
                 self.bert, input_ids, attention_mask, *inputs[2:]
             )

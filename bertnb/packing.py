@@ -73,6 +73,20 @@ def worth_packing(attention_mask: Tensor) -> bool:
     return rows * length < 0.9 * mask.numel()
 
 
+def _check_shapes(mask: Tensor, **given: Tensor | None) -> None:
+    """Refuse what `spread` would stretch: a row too few, another length."""
+    whole = mask.shape
+    for name, values in given.items():
+        fitting = [whole, whole[1:], (1, whole[1])]
+        if name == "input_ids":
+            fitting = [whole]
+        if values is not None and values.shape not in fitting:
+            raise ValueError(
+                f"{name} has shape {tuple(values.shape)}; expected "
+                f"{tuple(whole)} like attention_mask"
+            )
+
+
 def encode_packed(
     bert: BertModel,
     input_ids: Tensor,
@@ -91,9 +105,12 @@ def encode_packed(
         `last_hidden_state` (B, L, H), 0 where there is padding.
 
     Raises:
-        ValueError: a row does not begin with a token.
+        ValueError: a row does not begin with a token, or a shape does not
+            fit.
     """
     mask = attention_mask.bool()
+    others = {"token_type_ids": token_type_ids, "position_ids": position_ids}
+    _check_shapes(mask, input_ids=input_ids, **others)
     if not mask[:, 0].all():
         raise ValueError(
             "attention_mask has a row that does not begin with a token: pad "
@@ -104,8 +121,8 @@ def encode_packed(
     plan = pack_lengths(lengths, length).to(mask.device)
     row, start, slot = plan.unbind(1)  # (B) each
     shape = int(row.max()) + 1, length  # (R, L')
-    places = (row * length + start)[:, None] + mask.cumsum(1) - 1  # (B, L)
-    places = places[mask]  # (N), (16.15)
+    first = (row * length + start)[:, None]  # (B, 1), of the [CLS]
+    places = (first + mask.cumsum(1) - 1)[mask]  # (N), (16.15)
 
     def spread(values: Tensor) -> Tensor:
         flat = values.new_zeros(shape).flatten()
@@ -126,8 +143,10 @@ def encode_packed(
         unpacked = states.new_zeros(*mask.shape, states.shape[-1])
         unpacked[mask] = states[places]
         return BertOutput(unpacked)
-    first = row.new_zeros(shape[0], int(slot.max()) + 1)  # (R, D)
-    first[row, slot] = start
-    output = bert(*inputs, masked_positions=first[:, :0], cls_positions=first)
-    pooled = output.pooler_output[row, slot]  # (R, D, H) -> (B, H)
-    return BertOutput(output.last_hidden_state[row], pooled)
+    begins = row.new_zeros(shape[0], int(slot.max()) + 1)  # (R, D)
+    begins[row, slot] = start
+    output = bert(*inputs, masked_positions=begins[:, :0], cls_positions=begins)
+    return BertOutput(
+        output.last_hidden_state[row],  # (B, 0, H)
+        output.pooler_output[row, slot],  # (R, D, H) -> (B, H)
+    )

@@ -357,6 +357,12 @@ def freezing(model: PretrainedModel, count: int | None) -> Iterator[None]:
     """Take embeddings and the lowest layers out of training for a while.
 
     Behind it the model has no dropout, however training ended.
+
+    Args:
+        count: of the layers; 0: the embeddings only; None: nothing is held.
+
+    Raises:
+        ValueError: the model has fewer layers.
     """
     layers = model.config.num_hidden_layers
     count = -1 if count is None else count

@@ -184,3 +184,24 @@ def test_a_classifier_learns_without_padding_and_answers_with_it(
     assert len(calls) == 1  # the states of all places were asked for
     for one, other in zip(*slopes, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("attention_mask", (12, 29)),
+        ("input_ids", (1, 30)),
+        ("input_ids", (12, 29)),
+        ("token_type_ids", (12, 1)),
+        ("position_ids", (12, 1)),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_refused_in_training_too(name, shape):
+    model = BertForSequenceClassification(STILL, num_labels=3)
+    ones = torch.ones(shape, dtype=torch.int64)
+    batch = batch_of(LONG) | {name: ones}
+    if name == "attention_mask":
+        ones[1:, 3:] = 0  # still worth packing
+    for training in (False, True):
+        with pytest.raises(ValueError, match=r"has shape \(\d+, \d+\); exp"):
+            model.train(training)(**batch)
