@@ -181,10 +181,7 @@ _SETTINGS: _Options = {
     "epochs": (int, "Times through the examples. [default: 3]"),
     "min_steps": (int, "But at least so many steps. [default: 200]"),
     "batch_size": (int, "Rows a step. [default: 32]"),
-    "group": (
-        int,
-        "Batches sorted together; 1: by chance. [default: 50, or fewer]",
-    ),
+    "group": (int, "Batches sorted together; 1: by chance. [default: 50]"),
     "max_length": (int, "Tokens a row. [default: 128; 384 for questions]"),
     "learning_rate": (float, "Its peak. [default: 5e-5 x 768 / the width]"),
     "warmup_ratio": (
