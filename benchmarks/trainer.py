@@ -289,6 +289,35 @@ def freeze(network: Any, layers: int | None) -> None:
             part.requires_grad_(False)
 
 
+class TwoPasses(transformers.Trainer):
+    """R-Drop for classes of texts, by hand: two calls, and their price."""
+
+    weight = 0.0
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return the loss; in training of two passes, if they have a price."""
+        if not (model.training and self.weight):
+            return super().compute_loss(
+                model, inputs, return_outputs, num_items_in_batch
+            )
+        one, two = model(**inputs), model(**inputs)
+        p, q = (o.logits.float().log_softmax(-1) for o in (one, two))
+        both = [
+            torch.nn.functional.kl_div(
+                a, b, log_target=True, reduction="batchmean"
+            )
+            for a, b in ((p, q), (q, p))
+        ]
+        loss = (one.loss + two.loss) / 2 + self.weight * sum(both) / 2
+        return (loss, one) if return_outputs else loss
+
+
 def fine_tune(
     task: str, plan: dict[str, Any], model: str, seed: int, steps: int = -1
 ) -> dict[str, Any]:
@@ -315,7 +344,7 @@ def fine_tune(
     if task in ("wnut17", "wikigold"):
         collate = transformers.DataCollatorForTokenClassification(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = transformers.Trainer(
+        trainer = TwoPasses(
             network,
             settings(folder, plan, seed, steps),
             collate,
@@ -323,6 +352,7 @@ def fine_tune(
             scored,
             compute_metrics=score,
         )
+        trainer.weight = plan.get("r_drop", 0.0)
         cpu, began = time.process_time(), time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - began

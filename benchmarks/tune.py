@@ -24,7 +24,15 @@ from trainer import PLANS, PLANS_FILE, minilm
 
 from bertnb import load_examples
 
-NAMED = ("epochs", "batch_size", "dropout", "frozen_layers", "group", "average")
+NAMED = (
+    "epochs",
+    "batch_size",
+    "dropout",
+    "frozen_layers",
+    "group",
+    "average",
+    "r_drop",
+)
 
 
 def held_out(task: str) -> tuple[list[Any], list[Any]]:
@@ -82,6 +90,7 @@ def main() -> None:
     parser.add_argument("--frozen-layers", type=int)
     parser.add_argument("--group", type=int)
     parser.add_argument("--average", type=float)
+    parser.add_argument("--r-drop", type=float)
     parser.add_argument("--choose", action="store_true")
     parser.add_argument("--record", default="book/runs/fine-tuning-rates.jsonl")
     asked = parser.parse_args()

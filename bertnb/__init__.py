@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bertnb.agreement import ReadTwice, disagreement
     from bertnb.answer_spans import (
         ARTICLES,
         BertForQuestionAnswering,
@@ -455,6 +456,7 @@ _HOME = {
     "QuestionAnsweringOutput": "answer_spans",
     "QuestionExample": "examples",
     "ROWS": "serving",
+    "ReadTwice": "agreement",
     "Row": "tasks",
     "SAMPLERS": "next_sentence",
     "SCHEDULES": "optimization",
@@ -523,6 +525,7 @@ _HOME = {
     "count_tokens": "choices",
     "crc32c": "checkpoints",
     "cut_documents": "recipe",
+    "disagreement": "agreement",
     "draw_positions": "masked_lm",
     "draw_words": "masked_lm",
     "dropping": "tasks",
@@ -757,6 +760,7 @@ __all__ = [
     "QuestionAnsweringOutput",
     "QuestionExample",
     "ROWS",
+    "ReadTwice",
     "Row",
     "SAMPLERS",
     "SCHEDULES",
@@ -825,6 +829,7 @@ __all__ = [
     "count_tokens",
     "crc32c",
     "cut_documents",
+    "disagreement",
     "draw_positions",
     "draw_words",
     "dropping",

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from bertnb.agreement import ReadTwice
 from bertnb.folders import PretrainedModel
 from bertnb.optimization import (
     SCHEDULES,
@@ -93,6 +94,8 @@ class FineTuningRun:
         )
         self.before_mean = self.total - round(config.average * self.total)
         self.mean = AveragedModel(model) if config.average else None
+        weight = config.r_drop
+        self.reader = ReadTwice(model, weight) if weight else model
         self.every = config.eval_every or max(
             self.batches.per_epoch, self.total // 10
         )
@@ -129,7 +132,7 @@ class FineTuningRun:
         """Take the steps that are still to be done; report each."""
         config = self.config
         for report in train(
-            self.model,
+            self.reader,
             self.optimizer,
             map(self.batches.batch, range(self.done, self.total)),
             self.rate,

@@ -30,7 +30,7 @@ def pack_lengths(lengths: Sequence[int], length: int) -> Tensor:
 
     Returns:
         int64 (B, 3), for each text: its row r, the place s where it begins
-        there, (16.15), and how many texts stand before it.
+        there, (16.18), and how many texts stand before it.
 
     Raises:
         ValueError: a text is longer than a row.
@@ -122,7 +122,7 @@ def encode_packed(
     row, start, slot = plan.unbind(1)  # (B) each
     shape = int(row.max()) + 1, length  # (R, L')
     first = (row * length + start)[:, None]  # (B, 1), of the [CLS]
-    places = (first + mask.cumsum(1) - 1)[mask]  # (N), (16.15)
+    places = (first + mask.cumsum(1) - 1)[mask]  # (N), (16.18)
 
     def spread(values: Tensor) -> Tensor:
         flat = values.new_zeros(shape).flatten()

@@ -203,6 +203,7 @@ _SETTINGS: _Options = {
     "layer_decay": (float, "Of the rate, a layer down. [default: 1.0]"),
     "dropout": (float, "Dropped in training. [default: the model's share]"),
     "average": (float, "Mean over the last share of steps. [default: 0.0]"),
+    "r_drop": (float, "Read twice; the price of disagreement. [default: 0.0]"),
     "eval_every": (
         int,
         "Steps between scores. [default: an epoch, or a tenth]",

@@ -411,7 +411,8 @@ class FineTuneConfig:
     fraction of the rate of the one above it, (16.13). `dropout`: the share
     that is dropped in training; None: the model's own. `average`: the result
     has the mean of the weights over this share of the steps, the last ones,
-    (16.14); 0: the last weights.
+    (16.14); 0: the last weights. `r_drop`: each row is read twice, and this
+    times the disagreement is added to the loss, (16.17); 0: once.
 
     `seed`: of the order and of dropout. `device`: None: CUDA where there is
     one. `precision`: "float32", "bfloat16", "float16", or "auto", what the
@@ -440,6 +441,7 @@ class FineTuneConfig:
     layer_decay: float = 1.0
     dropout: float | None = None
     average: float = 0.0
+    r_drop: float = 0.0
     seed: int = 0
     device: str | None = None
     precision: str = "auto"
@@ -459,7 +461,8 @@ class FineTuneConfig:
         self._require(
             "layer_decay", 0 < self.layer_decay <= 1, "more than 0, at most 1"
         )
-        self._require("weight_decay", 0 <= self.weight_decay < inf, "0 or more")
+        for name in ("weight_decay", "r_drop"):
+            self._require(name, 0 <= getattr(self, name) < inf, "0 or more")
         share = 0.0 if self.dropout is None else self.dropout
         self._require("dropout", 0 <= share < 1, "0 or more, less than 1")
         known = {"schedule": tuple(SCHEDULES), "precision": PRECISIONS}

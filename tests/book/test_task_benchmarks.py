@@ -6,9 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import config_for, tokenizer_of
 
-from bertnb import SequenceClassification, TextExample, freezing, load_for_task
+from bertnb import (
+    SequenceClassification,
+    TextExample,
+    disagreement,
+    freezing,
+    load_for_task,
+    pad_rows,
+)
 from bertnb.pretraining import BertForPreTraining
 
 pytest.importorskip("transformers")
@@ -152,6 +160,27 @@ def test_the_peer_freezes_what_ours_does(model: str) -> None:
         trainer.freeze(network, layers)
         with freezing(ours, layers):
             assert held(network) == held(ours) > 0
+
+
+def test_the_peer_pays_for_two_passes_what_ours_does(model: str) -> None:
+    theirs = trainer.transformers.AutoModelForSequenceClassification
+    network = theirs.from_pretrained(model)
+    folder = trainer.transformers.TrainingArguments("unused", use_cpu=True)
+    peer = trainer.TwoPasses(network, folder)
+    peer.weight = 1.5
+    task = SequenceClassification(GOOD_AND_BAD)
+    _, tokenizer = load_for_task(task, model)
+    batch = pad_rows(task.rows(task.training, tokenizer, 16), 0)
+    torch.manual_seed(0)
+    found = peer.compute_loss(network.train(), batch)
+    torch.manual_seed(0)
+    one, two = network(**batch), network(**batch)
+    price = disagreement(one.logits, two.logits, batch["labels"])
+    assert price > 0
+    expected = (one.loss + two.loss) / 2 + 1.5 * price
+    assert torch.allclose(found, expected, atol=1e-6)
+    alone = peer.compute_loss(network.eval(), batch)
+    assert torch.allclose(alone, network(**batch).loss)
 
 
 def test_a_bag_of_words_is_recorded(model: str, tmp_path: Path) -> None:

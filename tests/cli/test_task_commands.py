@@ -352,6 +352,7 @@ def test_every_option_arrives(
         "layer_decay": 0.75,
         "dropout": 0.25,
         "average": 0.5,
+        "r_drop": 1.5,
         "eval_every": 7,
         "patience": 6,
         "seed": 8,

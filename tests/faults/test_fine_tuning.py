@@ -206,6 +206,7 @@ def test_patience_may_change_when_a_run_goes_on(config):
         ("layer_decay", 1.0),
         ("dropout", 0.0),
         ("average", 0.5),
+        ("r_drop", 0.5),
         ("group", 1),
     ],
 )

@@ -627,8 +627,11 @@ def test_a_bad_validation_example_is_found_before_training(monkeypatch):
         ("dropout", 1.0),
         ("average", -0.1),
         ("average", 1.1),
-        ("weight_decay", -0.1),
-        ("weight_decay", float("nan")),
+        *(
+            (n, v)
+            for n in ("weight_decay", "r_drop")
+            for v in (-0.1, float("nan"))
+        ),
         ("schedule", "cosine"),
         ("precision", "int8"),
     ],
@@ -644,6 +647,6 @@ def test_the_ends_of_the_ranges_are_in():
         {"patience": 1, "eval_every": 1, "frozen_layers": 0, "epochs": 1},
         {"warmup_ratio": 0.0, "layer_decay": 1.0, "weight_decay": 0.0},
         {"warmup_ratio": 1.0, "layer_decay": 1e-3, "seed": 0, "parts": 1},
-        {"dropout": 0.0, "average": 1.0, "group": 1},
+        {"dropout": 0.0, "average": 1.0, "group": 1, "r_drop": 0.0},
     ):
         replace(CONFIG, **changes)

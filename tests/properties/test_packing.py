@@ -47,7 +47,7 @@ def bert(pooler):
     return BertModel(STILL, add_pooling_layer=pooler)
 
 
-@pytest.mark.equation("16.15")
+@pytest.mark.equation("16.18")
 @given(lengths=LENGTHS, length=st.integers(30, 70))
 @settings(max_examples=50, deadline=None)
 def test_no_two_tokens_share_a_place_and_no_row_is_too_long(
@@ -63,7 +63,7 @@ def test_no_two_tokens_share_a_place_and_no_row_is_too_long(
     assert all(0 <= place < length for _, place in places)
     rows = {row for row, _, _ in found}
     assert rows == set(range(len(rows)))  # none is left empty
-    assert len(rows) < 2 * sum(lengths) / length + 1  # exercise 16.18
+    assert len(rows) < 2 * sum(lengths) / length + 1  # exercise 16.24
     slots = {(row, slot) for row, _, slot in found}
     assert len(slots) == len(lengths)
     for row in rows:  # a text's slot is its rank in the row
@@ -117,7 +117,7 @@ def test_a_mask_with_holes_keeps_its_tokens():
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.equation("16.16")
+@pytest.mark.equation("16.19")
 @given(texts=st.integers(1, 200), length=st.integers(1, 20))
 @settings(max_examples=25, deadline=None)
 def test_rows_that_are_filled_to_the_last(measured, texts, length):
