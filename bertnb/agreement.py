@@ -21,8 +21,8 @@ def disagreement(first: Tensor, again: Tensor, targets: Tensor) -> Tensor:
     """Return how far two passes are apart, (16.15), a mean over the targets.
 
     Args:
-        first, again: (..., C) floats, the scores of the two passes; of numbers
-            (B, 1).
+        first, again: (..., C) floats, the finite scores of the two passes; of
+            numbers (B, 1).
         targets: int64 (...), -100 for what does not count, as does a place
             behind the last of C; or floats, and the mean is of the squared
             differences.
@@ -40,8 +40,9 @@ def disagreement(first: Tensor, again: Tensor, targets: Tensor) -> Tensor:
         )
     if numbers:
         return (first.float() - again.float()).square().mean()
-    p, q = first.float().log_softmax(-1), again.float().log_softmax(-1)
-    apart = ((p.exp() - q.exp()) * (p - q)).sum(-1) / 2  # (...), (16.15)
+    log_p, log_q = (s.float().log_softmax(-1) for s in (first, again))
+    terms = (log_p.exp() - log_q.exp()) * (log_p - log_q)  # (..., C)
+    apart = terms.sum(-1) / 2  # (...), (16.15)
     counted = (targets != IGNORE) & (targets < first.shape[-1])
     return (apart * counted).sum() / counted.sum().clamp(min=1)
 
@@ -55,7 +56,7 @@ class ReadTwice(nn.Module):
 
     Args:
         model: for one of the five tasks: an output with `losses`.
-        alpha: more than 0.
+        alpha: 0 or more.
 
     Raises:
         ValueError: nothing in the model is dropped: the answers would always
@@ -84,7 +85,8 @@ class ReadTwice(nn.Module):
         for name, logits in _scores(output):
             first, again = logits.chunk(2)
             price = disagreement(first, again, batch[name])
-            losses[name] = losses[name] + self.alpha * price  # (16.17)
+            share = self.alpha / len(losses)  # of an answer's ends a half
+            losses[name] = losses[name] + share * price  # (16.17)
         total = torch.stack([*losses.values()]).sum()
         return replace(output, loss=total, losses=losses)
 

@@ -131,16 +131,16 @@ def test_what_is_named_replaces_the_plan(
     monkeypatch.setattr(tune, "held_out", lambda _: (GOOD_AND_BAD, []))
     monkeypatch.setattr(tune, "minilm", str)
     monkeypatch.setattr(tune, "run", lambda *_: found)
-    named = ("--dropout", 0, "--batch-size", 8, "--frozen-layers", 0)
+    named = ("--dropout", 0.2, "--batch-size", 8, "--r-drop", 2)
     rates = ("--rates", 0.1, 0.2)
     for more in ((), rates):
         record = tmp_path / f"{len(more)}.jsonl"
         asked = ("sst2", *named, *more, "--record", record)
         call(tune, monkeypatch, *asked)
-        plan = trainer.PLANS["sst2"] | {"dropout": 0.0, "batch_size": 8}
+        plan = trainer.PLANS["sst2"] | {"dropout": 0.2, "batch_size": 8}
         tried = [0.1, 0.2] if more else [plan["learning_rate"]]
         assert [line["plan"] for line in read(record)] == [
-            plan | {"frozen_layers": 0, "learning_rate": r} for r in tried
+            plan | {"r_drop": 2.0, "learning_rate": r} for r in tried
         ]
 
 
@@ -162,10 +162,12 @@ def test_the_peer_freezes_what_ours_does(model: str) -> None:
             assert held(network) == held(ours) > 0
 
 
-def test_the_peer_pays_for_two_passes_what_ours_does(model: str) -> None:
+def test_the_peer_pays_for_two_passes_what_ours_does(
+    model: str, tmp_path: Path
+) -> None:
     theirs = trainer.transformers.AutoModelForSequenceClassification
     network = theirs.from_pretrained(model)
-    folder = trainer.transformers.TrainingArguments("unused", use_cpu=True)
+    folder = trainer.transformers.TrainingArguments(str(tmp_path), use_cpu=True)
     peer = trainer.TwoPasses(network, folder)
     peer.weight = 1.5
     task = SequenceClassification(GOOD_AND_BAD)
@@ -181,6 +183,24 @@ def test_the_peer_pays_for_two_passes_what_ours_does(model: str) -> None:
     assert torch.allclose(found, expected, atol=1e-6)
     alone = peer.compute_loss(network.eval(), batch)
     assert torch.allclose(alone, network(**batch).loss)
+
+
+def test_the_plan_tells_the_peer_to_pay(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, plain = [], trainer.TwoPasses.__init__
+
+    def noted(self: Any, *arguments: Any, **named: Any) -> None:
+        plain(self, *arguments, **named)
+        made.append(self)
+
+    monkeypatch.setattr(trainer.TwoPasses, "__init__", noted)
+    plan = {"epochs": 1, "batch_size": 2, "learning_rate": 1e-3}
+    trainer.fine_tune("sst2", plan | {"r_drop": 1.5}, model, 0)
+    trainer.fine_tune("sst2", plan, model, 0)
+    assert [peer.weight for peer in made] == [1.5, 0.0]
+    with pytest.raises(ValueError, match=r"r_drop=1.5: only sst2"):
+        trainer.fine_tune("stsb", plan | {"r_drop": 1.5}, model, 0)
 
 
 def test_a_bag_of_words_is_recorded(model: str, tmp_path: Path) -> None:

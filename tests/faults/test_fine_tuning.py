@@ -106,12 +106,14 @@ def checkpoint(config):
     return file
 
 
-@pytest.mark.parametrize("average", [0.0, 0.7])  # from step 6 on
+@pytest.mark.parametrize(
+    ("average", "r_drop"), [(0.0, 0.0), (0.7, 0.5)]
+)  # the mean from step 6 on
 @pytest.mark.parametrize("step", [1, 5, 7, 18])
 def test_killed_and_continued_is_the_whole_run(
-    config, monkeypatch, step, average
+    config, monkeypatch, step, average, r_drop
 ):
-    config = replace(config, average=average)
+    config = replace(config, average=average, r_drop=r_drop)
     expected = whole(config)
     at(monkeypatch, step, fail)
     with pytest.raises(OSError, match="the power failed"):

@@ -26,9 +26,11 @@ from bertnb import (
     TokenExample,
     accumulate_gradients,
     disagreement,
+    dropping,
     fine_tune,
     load_for_task,
     pad_rows,
+    worth_packing,
 )
 
 TOKENIZER = tokenizer_of("good bad fine film was the")
@@ -165,7 +167,7 @@ def test_the_loss_is_that_of_both_passes_and_their_price(measured, kind):
         if scores is not None
     ]
     assert all(price > 0 for price in prices)
-    expected = passes.loss + 0.7 * sum(prices)
+    expected = passes.loss + 0.7 * sum(prices) / len(prices)
     measured(found.loss - expected, 1e-6)
     measured(found.loss - sum(found.losses.values()), 1e-6)
     assert set(found.losses) == set(passes.losses)
@@ -206,21 +208,47 @@ def test_in_parts_the_gradient_is_that_of_the_whole():
         slopes.append((loss, model.weight.grad))
     for whole, sum_of_parts in zip(*slopes, strict=True):
         assert torch.allclose(whole, sum_of_parts, atol=1e-6)
-    first, again = (
-        batch["input_ids"] @ weight for weight in model.weight.detach()
-    )
+    copy = model.weight.detach().clone().requires_grad_()
+    first, again = (batch["input_ids"] @ weight for weight in copy)
     labels = batch["labels"]
     expected = 2 * disagreement(first, again, labels) + sum(
         nn.functional.cross_entropy(scores, labels) / 2
         for scores in (first, again)
     )
     assert torch.allclose(slopes[0][0], expected, atol=1e-6)
+    expected.backward()  # through both passes
+    assert torch.allclose(slopes[0][1], copy.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "cls", [BertForSequenceClassification, BertForTokenClassification]
+)
+def test_packed_rows_are_read_twice_too(cls):
+    config = replace(CONFIG, max_position_embeddings=32)
+    model = cls(config, num_labels=2)
+    reader = ReadTwice(model, 0.5).train()
+    lengths = torch.tensor([30] + [3] * 11)
+    mask = torch.arange(30) < lengths[:, None]
+    batch = {
+        "input_ids": torch.randint(5, CONFIG.vocab_size, (12, 30)),
+        "attention_mask": mask,
+        "labels": torch.randint(2, (12, 30)).where(mask, -100),
+    }
+    if cls is BertForSequenceClassification:
+        batch["labels"] = batch["labels"][:, 0]
+    assert worth_packing(mask)
+    with dropping(model, 0.0):  # two equal passes: nothing to pay
+        found, alone = reader(**batch).loss, model(**batch).loss
+    assert torch.allclose(found, alone, atol=1e-6)
 
 
 def test_a_model_that_drops_nothing_is_refused():
     still = BertForSequenceClassification(STILL)
     with pytest.raises(ValueError, match=r"r_drop=0.5: .* set dropout"):
         ReadTwice(still, 0.5)
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        some = replace(STILL, **{name: 0.1})
+        ReadTwice(BertForSequenceClassification(some), 0.5)
     config = FineTuneConfig(r_drop=0.5, dropout=0.0, max_length=16, min_steps=1)
     task, model = TASKS["classes"]
     with pytest.raises(ValueError, match=r"r_drop=0.5: .* set dropout"):
