@@ -234,10 +234,12 @@ def weights(model: str | None) -> str:
 def plan_for(
     task: str, model: str | None, examples: int | None
 ) -> dict[str, Any]:
-    """Return the plan of a task, as far as the model can follow it."""
+    """Return the plan of a task, as the model can follow it."""
     plan = PLANS[task] | ({"examples": examples} if examples else {})
+    config = transformers.AutoConfig.from_pretrained(weights(model))
+    if plan.get("r_drop") and not config.hidden_dropout_prob:
+        plan["dropout"] = 0.1  # or both passes are the same
     if "max_length" in plan:
-        config = transformers.AutoConfig.from_pretrained(weights(model))
         most = config.max_position_embeddings
         plan["max_length"] = min(plan["max_length"], most)
     return plan

@@ -94,6 +94,14 @@ def test_a_plan_fits_the_model(model: str) -> None:
     assert plan["max_length"] == 128
     assert plan["examples"] == 7
     assert "examples" not in trainer.PLANS["squad"]
+    file = Path(model, "config.json")
+    dropping = json.loads(file.read_text())
+    dropping["hidden_dropout_prob"] = 0.0
+    for task in ("sst2", "squad"):
+        assert "dropout" not in trainer.plan_for(task, model, None)
+    file.write_text(json.dumps(dropping))
+    assert trainer.plan_for("sst2", model, None)["dropout"] == 0.1
+    assert "dropout" not in trainer.plan_for("squad", model, None)
 
 
 def test_held_out_phrases_share_no_four_words() -> None:
