@@ -23,9 +23,8 @@ def disagreement(first: Tensor, again: Tensor, targets: Tensor) -> Tensor:
     Args:
         first, again: (..., C) floats, the finite scores of the two passes; of
             numbers (B, 1).
-        targets: int64 (...), -100 for what does not count, as does a place
-            behind the last of C; or floats, and the mean is of the squared
-            differences.
+        targets: int64 (...); -100, or a place of C or more, does not count.
+            Or floats: then the mean is of the squared differences.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -36,7 +35,8 @@ def disagreement(first: Tensor, again: Tensor, targets: Tensor) -> Tensor:
         raise ValueError(
             f"first and again have the shapes {tuple(first.shape)} and "
             f"{tuple(again.shape)}, targets {tuple(targets.shape)}: expected "
-            "two like targets, with one more dimension for classes"
+            "two alike; for classes, the shape of targets and one dimension "
+            "more"
         )
     if numbers:
         return (first.float() - again.float()).square().mean()
@@ -85,7 +85,8 @@ class ReadTwice(nn.Module):
         for name, logits in _scores(output):
             first, again = logits.chunk(2)
             price = disagreement(first, again, batch[name])
-            share = self.alpha / len(losses)  # of an answer's ends a half
+            # the loss of an answer's end is halved already, so is its price
+            share = self.alpha / len(losses)
             losses[name] = losses[name] + share * price  # (16.17)
         total = torch.stack([*losses.values()]).sum()
         return replace(output, loss=total, losses=losses)
