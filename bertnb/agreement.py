@@ -3,7 +3,6 @@
 Written by tools/extract.py from notebooks/16_think_twice.md: edit that notebook, not this file.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +46,13 @@ def disagreement(first: Tensor, again: Tensor, targets: Tensor) -> Tensor:
     return (apart * counted).sum() / counted.sum().clamp(min=1)
 
 
+_SCORES = {  # by the argument that holds their targets
+    "labels": "logits",
+    "start_positions": "start_logits",
+    "end_positions": "end_logits",
+}
+
+
 class ReadTwice(nn.Module):
     """A model in training that reads each row twice, with other dropout, and
     pays `alpha` times the `disagreement` of its two answers, (16.17).
@@ -81,19 +87,11 @@ class ReadTwice(nn.Module):
         output = self.model(
             **{name: torch.cat([t, t]) for name, t in batch.items()}
         )
-        losses = dict(output.losses)
-        for name, logits in _scores(output):
-            first, again = logits.chunk(2)
+        # the loss of an answer's end is halved already, so is its price
+        share, losses = self.alpha / len(output.losses), {}
+        for name, loss in output.losses.items():
+            first, again = getattr(output, _SCORES[name]).chunk(2)
             price = disagreement(first, again, batch[name])
-            # the loss of an answer's end is halved already, so is its price
-            share = self.alpha / len(losses)
-            losses[name] = losses[name] + share * price  # (16.17)
+            losses[name] = loss + share * price  # (16.17)
         total = torch.stack([*losses.values()]).sum()
         return replace(output, loss=total, losses=losses)
-
-
-def _scores(output: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield the scores for each label argument, by its name."""
-    for name in output.losses:
-        scores = name.replace("positions", "logits").replace("labels", "logits")
-        yield name, getattr(output, scores)
