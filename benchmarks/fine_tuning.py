@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ KINDS: dict[str, tuple[Any, tuple[str, str], tuple[str, str]]] = {
         ("wikigold", "test"),
     ),
     "squad": (
-        QuestionAnswering,
+        partial(QuestionAnswering, stride=128),
         ("squad", "train"),
         ("xquad.en", "validation"),
     ),

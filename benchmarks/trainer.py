@@ -170,7 +170,8 @@ class Squad:
     def __init__(self, folder: str, plan: dict[str, Any]) -> None:
         self.tokenizer = bertnb.WordPieceTokenizer.from_pretrained(folder)
         examples = bertnb.load_examples("squad", "train")
-        self.task = bertnb.QuestionAnswering(examples[: plan.get("examples")])
+        chosen = examples[: plan.get("examples")]
+        self.task = bertnb.QuestionAnswering(chosen, stride=128)
         self.scored = bertnb.load_examples("xquad.en", "validation")
         self.length = plan["max_length"]
 

@@ -129,7 +129,8 @@ class BertClassifier(PretrainedModel, ABC):
         labels: the names of the classes, instead of their number.
 
     Raises:
-        ValueError: `num_labels` and `labels` say different numbers.
+        ValueError: `num_labels` and `labels` say different numbers, or there
+            is no class.
     """
 
     pooled: bool  # the head reads the pooled [CLS]; False: every token
@@ -146,10 +147,13 @@ class BertClassifier(PretrainedModel, ABC):
             raise ValueError(
                 f"num_labels={num_labels}, but labels names {len(labels)}: give one of the two"
             )
+        count = 2 if num_labels is None else num_labels
+        if count < 1 or labels == []:
+            raise ValueError(
+                f"num_labels={num_labels}, labels={labels}: expected 1 or more"
+            )
         self.config = config
-        self.label_names = labels or [
-            f"LABEL_{i}" for i in range(num_labels or 2)
-        ]
+        self.label_names = labels or [f"LABEL_{i}" for i in range(count)]
         self.num_labels = len(self.label_names)
         self.bert = BertModel(config, add_pooling_layer=self.pooled)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -186,6 +190,23 @@ class BertClassifier(PretrainedModel, ABC):
             },
             "label2id": {name: i for i, name in enumerate(self.label_names)},
         }
+
+    def order_labels(self, labels: Sequence[str]) -> None:
+        """Put the classes into another order, each with its weights.
+
+        Raises:
+            ValueError: `labels` are other names than `label_names`.
+        """
+        if sorted(labels) != sorted(self.label_names):
+            raise ValueError(
+                f"labels={list(labels)}: expected the model's, "
+                f"{self.label_names}, in another order"
+            )
+        places = [self.label_names.index(name) for name in labels]
+        with torch.no_grad():
+            for parameter in self.classifier.parameters():
+                parameter.copy_(parameter[places])
+        self.label_names = list(labels)
 
     @abstractmethod
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -471,7 +492,9 @@ class SequenceClassification(Task):
 
 def check_finite(row: Row, scores: Tensor) -> None:
     """Raise a ValueError that names the example whose scores are not finite."""
-    if not scores.isfinite().all():
+    broken = scores[~scores.isfinite()].tolist()
+    if broken:
         raise ValueError(
-            f"example {row.example}: the model's scores are {scores.tolist()}"
+            f"example {row.example}: the model gives a score of {broken[0]}: "
+            "its weights are broken, or its precision is too low"
         )

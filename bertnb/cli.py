@@ -432,6 +432,8 @@ def _embed(
 
     if output is None and not as_json:
         raise typer.BadParameter("where to? Give --output or --json")
+    if output is not None and output.suffix != ".npy":
+        raise typer.BadParameter(f"--output {output}: expected .npy")
     network, tokenizer = load_model(BertModel, model, device)
     texts = [line for file in files for line in read_lines(file)]
     if not texts:
@@ -501,7 +503,7 @@ def _convert(
     """
     import bertnb
     from bertnb.checkpoints import from_tf_checkpoint
-    from bertnb.configuration import locate, read_json
+    from bertnb.configuration import BertnbError, locate, read_json
     from bertnb.tokenization import WordPieceTokenizer
 
     folder, name = source, model_class or "BertForPreTraining"
@@ -510,14 +512,19 @@ def _convert(
         folder = source if Path(source).is_dir() else str(Path(source).parent)
     else:
         saved = read_json(locate(source, "config.json")).get("architectures")
-        if model_class is None and saved and saved[0] in get_args(_Class):
+        if model_class is None and saved:
             name = saved[0]
+        if name not in get_args(_Class):
+            raise BertnbError(
+                f"{source} holds a {name}, whose head is not known here: say "
+                "with --class what is to be built of its encoder"
+            )
         model = getattr(bertnb, name).from_pretrained(source)
     model.save_pretrained(output)
     try:
         lowercase = False if cased else None
         words = WordPieceTokenizer.from_pretrained(folder, lowercase)
-        words.save_pretrained(output)
+        words.save_pretrained(output, model.config.max_position_embeddings)
     except FileNotFoundError:
         warnings.warn(f"{folder} has no vocabulary: none written", stacklevel=1)
     count = sum(parameter.numel() for parameter in model.parameters())

@@ -190,7 +190,8 @@ class PretrainingRun:
         """Write the model and the tokenizer to the folder of the run."""
         if self.world.rank == 0:
             self.model.save_pretrained(self.folder)
-            self.tokenizer.save_pretrained(self.folder)
+            limit = self.config.model.max_position_embeddings
+            self.tokenizer.save_pretrained(self.folder, limit)
 
     @property
     def picky(self) -> bool:

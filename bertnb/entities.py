@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bertnb.classification import BertClassifier
+from bertnb.classification import BertClassifier, check_finite
 from bertnb.examples import TokenExample, to_iob2
 from bertnb.masked_lm import IGNORE, mean_cross_entropy
 from bertnb.tasks import Row, Task
@@ -197,7 +197,7 @@ class TokenClassification(Task):
             raise ValueError(
                 f"the model's label_names are {model.label_names}, the task's "
                 f"labels {list(self.labels or ())}: load the model with "
-                "labels=[...] of the task, or make the task with "
+                "load_for_task, or make the task with "
                 "labels=model.label_names"
             )
 
@@ -273,11 +273,16 @@ class TokenClassification(Task):
         rows: Sequence[Row],
         logits: Sequence[Tensor],
     ) -> list[dict[str, Any]]:
-        """Return tags and entities of each sentence, see the class."""
+        """Return tags and entities of each sentence, see the class.
+
+        Raises:
+            ValueError: a score is not finite.
+        """
         names = list(self.labels or ())
         tags = [["O"] * len(example.words) for example in examples]
         sure = [[1.0] * len(example.words) for example in examples]
         for row, scores in zip(rows, logits, strict=True):
+            check_finite(row, scores)
             p, best = scores.softmax(-1).max(-1)  # (L,): of the best class
             for word, k, chance in zip(
                 row.origins, best.tolist(), p.tolist(), strict=True

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class TextExample:
         _check_text("text", self.text)
         if self.text_pair is not None:
             _check_text("text_pair", self.text_pair)
-        if isinstance(self.label, float) and not math.isfinite(self.label):
+        if isinstance(self.label, Real) and not math.isfinite(self.label):
             raise ValueError(f"label={self.label}: expected a finite number")
 
 
@@ -180,7 +181,7 @@ def _at(where: object, expected: str = "") -> Iterator[None]:
     """Put the place in front of an error's message."""
     try:
         yield
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         text = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise BertnbError(f"{where}: {text}{expected}") from error
 
@@ -217,6 +218,7 @@ def _fields(path: Path) -> Iterator[tuple[int, list[str]]]:
         for number, line in _lines(path):
             yield number, line.rstrip("\r\n").split("\t")
         return
+    csv.field_size_limit(2**31 - 1)  # by default no text of 131,073 characters
     rows = csv.reader((line for _, line in _lines(path)), strict=True)
     while True:
         begins = rows.line_num + 1

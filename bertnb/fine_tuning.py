@@ -7,7 +7,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from bertnb.agreement import ReadTwice
+from bertnb.configuration import BertnbError
 from bertnb.folders import PretrainedModel
 from bertnb.optimization import (
     SCHEDULES,
@@ -100,6 +101,7 @@ class FineTuningRun:
             self.batches.per_epoch, self.total // 10
         )
         self.digest = _digest(rows), _digest(self.held)
+        self.began = _weights_digest(model.state_dict())
         self.facts = run_facts(config) | {"task": type(task).__name__}
         self.facts |= {"rows": len(rows), "steps": self.total}
         self.optimizer = adamw(
@@ -184,7 +186,8 @@ class FineTuningRun:
             self.best = {k: t.to("cpu", copy=True) for k, t in state.items()}
             if config.output_dir is not None:
                 self.result.save_pretrained(config.output_dir)
-                self.tokenizer.save_pretrained(config.output_dir)
+                limit = self.model.config.max_position_embeddings
+                self.tokenizer.save_pretrained(config.output_dir, limit)
 
     @property
     def waited(self) -> int:
@@ -207,6 +210,7 @@ class FineTuningRun:
         cuda = device.type == "cuda"
         state = {
             "bound": json.dumps(self.bound()),
+            "began": self.began,
             "done": self.done,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -223,21 +227,24 @@ class FineTuningRun:
 
     def bound(self) -> dict[str, Any]:
         """Return what must be the same when a run goes on."""
-        free = ("output_dir", "patience", "device")
+        free = "output_dir patience device task.training task.validation"
         values = asdict(self.config) | {
             "digests of the rows": self.digest,
             "head": self.task.head_arguments(),
             "metric": self.task.metric,
             "model": asdict(self.model.config),
+            **{f"task.{name}": v for name, v in vars(self.task).items()},
         }
-        kept = {k: v for k, v in values.items() if k not in free}
-        return dict(json.loads(json.dumps(kept)))  # as it comes back from there
+        kept = {k: v for k, v in values.items() if k not in free.split()}
+        text = json.dumps(kept, default=lambda value: type(value).__name__)
+        return dict(json.loads(text))  # as it comes back from there
 
     def resume(self) -> None:
         """Take over the checkpoint in the folder, if there is one.
 
         Raises:
-            BertnbError: it is of another task or configuration.
+            BertnbError: it is of another task or configuration, or of a model
+                that is neither what the run began with nor what it came to.
         """
         if self.config.output_dir is None:
             return
@@ -246,8 +253,8 @@ class FineTuningRun:
         state = Checkpoints(folder, 1).load(device)
         if state is None:
             return
-        was = json.loads(state["bound"])
-        refuse_changes(was, self.bound(), self.config.output_dir)
+        self._check_same(state)
+        self.began = state["began"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:
@@ -263,6 +270,22 @@ class FineTuningRun:
         if state["cuda"] is not None and device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
+    def _check_same(self, state: Mapping[str, Any]) -> None:
+        folder = self.config.output_dir
+        if "began" not in state:
+            raise BertnbError(
+                f"{folder} holds checkpoints of another kind of run: choose "
+                "another output_dir"
+            )
+        refuse_changes(json.loads(state["bound"]), self.bound(), str(folder))
+        known = (_weights_digest(state[name]) for name in ("model", "best"))
+        if self.began not in (state["began"], *known):
+            raise BertnbError(
+                f"{folder} holds a run that began with other weights than "
+                "`model` has: load the model that it began with, or choose "
+                "another output_dir"
+            )
+
 
 def _labelled_rows(
     task: Task, tokenizer: WordPieceTokenizer, max_length: int
@@ -272,7 +295,10 @@ def _labelled_rows(
         raise ValueError("the task has no training examples: give `training`")
     found = []
     for part in ("training", "validation"):
-        rows = task.rows(getattr(task, part), tokenizer, max_length)
+        try:
+            rows = task.rows(getattr(task, part), tokenizer, max_length)
+        except ValueError as error:
+            raise ValueError(f"{part}: {error}") from error
         without = sorted({row.example for row in rows if not row.targets})
         if without:
             raise ValueError(
@@ -281,6 +307,15 @@ def _labelled_rows(
             )
         found.append(rows)
     return found
+
+
+def _weights_digest(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(name.encode())
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _digest(rows: Sequence[Row]) -> str:

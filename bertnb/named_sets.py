@@ -54,16 +54,30 @@ class _Set(NamedTuple):
 
 def _file_sentiment(column: str, path: Path, split: str) -> list[TextExample]:
     examples = read_texts(path, column)
-    names = dict(zip("01", _SENTIMENT, strict=True))
-    return [replace(e, label=names[str(e.label)]) for e in examples]
+    names: dict[Any, str] = dict(zip("01", _SENTIMENT, strict=True))
+    for number, example in enumerate(examples, 1):
+        if example.label not in names:
+            raise BertnbError(
+                f"{path}, row {number}: label {example.label!r}: expected 0 or 1"
+            )
+    return [replace(e, label=names[e.label]) for e in examples]
 
 
 def _file_stsb(path: Path, split: str) -> list[TextExample]:
     if split != "test":
         return read_texts(path, "sentence1", "score", "sentence2", numbers=True)
     lines = path.read_text("utf-8").rstrip("\n").split("\n")  # no header
-    rows = [line.split("\t") for line in lines]
-    return [TextExample(row[5], float(row[4]), row[6]) for row in rows]
+    examples = []
+    for number, line in enumerate(lines, 1):
+        row = line.split("\t")
+        try:
+            examples.append(TextExample(row[5], float(row[4]), row[6]))
+        except (IndexError, ValueError) as error:
+            raise BertnbError(
+                f"{path}:{number}: {line!r:.60}: expected 7 fields between "
+                "tabs, a number in the fifth, texts in the last two"
+            ) from error
+    return examples
 
 
 def _file_wikigold(path: Path, split: str) -> list[TokenExample]:

@@ -168,14 +168,17 @@ LABELS = ("labels", "next_sentence_label", "start_positions", "end_positions")
 
 def count_targets(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the number of targets of each label argument, int64 (), on the
-    device of the batch: those that are not -100, and of an answer's positions
-    those that were not cut off with the end of their row."""
+    device of the batch: those that are not -100 (all of them, where they are
+    floats), and of an answer's positions those that were not cut off with the
+    end of their row."""
     counts: dict[str, Tensor] = {}
     for name in LABELS:
         if name in batch:
-            counted = batch[name] != IGNORE
+            targets = batch[name]
+            # a number may be -100; only a class of that number is none
+            counted = (targets != IGNORE) | targets.is_floating_point()
             if name.endswith("_positions"):
-                counted &= batch[name] < batch["input_ids"].shape[1]
+                counted &= targets < batch["input_ids"].shape[1]
             counts[name] = counted.sum()
     return counts
 
@@ -443,10 +446,19 @@ def _check_training(
 
 # %% What the machine does faster
 def pick_device(name: str | None = None) -> torch.device:
-    """Return the named device, or CUDA where there is one, else the CPU."""
-    return torch.device(
-        name or ("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    """Return the named device, or CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: CUDA is asked for, and there is none.
+    """
+    there = torch.cuda.is_available()
+    device = torch.device(name or ("cuda" if there else "cpu"))
+    if device.type == "cuda" and not there:
+        raise ValueError(
+            f"device={name!r}: PyTorch sees no CUDA device here: use 'cpu', or "
+            "install a build of PyTorch for CUDA and its driver"
+        )
+    return device
 
 
 def pick_precision(device: torch.device) -> torch.dtype:

@@ -3,6 +3,7 @@
 Written by tools/extract.py from notebooks/18_pairs.md: edit that notebook, not this file.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,13 +34,16 @@ def correlations(
 
     Raises:
         BertnbError: scipy is not installed.
-        ValueError: fewer than two numbers, or not as many of each.
+        ValueError: fewer than two numbers, not as many of each, or one that
+            is not finite.
     """
     if len(truth) != len(answers) or len(truth) < 2:
         raise ValueError(
             f"{len(truth)} true numbers and {len(answers)} answers: a "
             "correlation needs as many of each, and two or more"
         )
+    if not all(map(math.isfinite, (*truth, *answers))):
+        raise ValueError("a true number or an answer is not finite")
     try:
         from scipy.stats import pearsonr, spearmanr
     except ImportError as error:
@@ -67,7 +71,7 @@ class SequenceRegression(Task):
         metric: "spearman" or "pearson", (18.5).
 
     Raises:
-        ValueError: `metric` is unknown.
+        ValueError: `metric` is unknown, or `validation` has one example.
     """
 
     training: Sequence[TextExample] = ()
@@ -80,6 +84,10 @@ class SequenceRegression(Task):
         if self.metric not in ("spearman", "pearson"):
             raise ValueError(
                 f"metric={self.metric!r}: expected 'spearman' or 'pearson'"
+            )
+        if len(self.validation) == 1:
+            raise ValueError(
+                "validation has one example: a correlation needs two or more"
             )
 
     def head_arguments(self) -> dict[str, Any]:

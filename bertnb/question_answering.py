@@ -133,7 +133,8 @@ class QuestionAnswering(Task):
     Args:
         training, validation: examples. In training the first of the answers
             counts; `answers=()` is learnt as "not in the passage".
-        stride: how many tokens lie between the beginnings of two windows.
+        stride: how many tokens lie between the beginnings of two windows;
+            None: 128, or half of what a window can show, if that is less.
         max_query_length: longer questions lose their ends, with a warning.
         max_answer_length: of an answer, in tokens.
         n_best: how many spans share the probability.
@@ -149,7 +150,7 @@ class QuestionAnswering(Task):
 
     training: Sequence[QuestionExample] = ()
     validation: Sequence[QuestionExample] = ()
-    stride: int = 128
+    stride: int | None = None
     max_query_length: int = 64
     max_answer_length: int = 30
     n_best: int = 20
@@ -162,10 +163,9 @@ class QuestionAnswering(Task):
     def __post_init__(self) -> None:
         names = "stride max_query_length max_answer_length n_best"
         for name in names.split():
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}: expected 1 or more"
-                )
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected 1 or more")
         if self.metric not in ("f1", "exact_match"):
             raise ValueError(
                 f"metric={self.metric!r}: expected 'f1' or 'exact_match'"
@@ -179,7 +179,8 @@ class QuestionAnswering(Task):
     ) -> list[Row]:
         """Return a row for each window of each example's passage, (20.7).
 
-        A window without the whole answer has its targets at [CLS].
+        A window without the whole answer has its targets at [CLS]. A warning
+        says how many answers are whole in no window.
 
         Raises:
             ValueError: a question has no token, or with `max_length` leaves
@@ -201,9 +202,9 @@ class QuestionAnswering(Task):
             ids, offsets = pieces[example.context]
             truth = _truth(number, example, offsets)
             head = [cls, *questions[number], sep]
-            windows = context_windows(
-                len(ids), max_length - len(head) - 1, self.stride
-            )
+            room = max_length - len(head) - 1
+            stride = self.stride or max(1, min(128, room // 2))
+            windows = context_windows(len(ids), room, stride)
             best, mark = best_windows(windows), marks[example.context]
             for w, window in enumerate(windows):
                 row = [*head, *ids[window.start : window.stop], sep]
@@ -212,6 +213,7 @@ class QuestionAnswering(Task):
                 origins = (*[None] * len(head), *shown, None)
                 targets = _targets(truth, window, len(head))
                 rows.append(Row(number, row, kinds, targets, origins))
+        _warn_of_lost(examples, rows)
         return rows
 
     def _questions(
@@ -346,6 +348,20 @@ def _truth(
     return inside[0], inside[-1]
 
 
+def _warn_of_lost(
+    examples: Sequence[QuestionExample], rows: Sequence[Row]
+) -> None:
+    answered = {n for n, example in enumerate(examples) if example.answers}
+    whole = {r.example for r in rows if r.targets.get("start_positions")}
+    if lost := answered - whole:
+        warnings.warn(
+            f"{len(lost)} of {len(answered)} answers are whole in no window, "
+            f"the first is that of example {min(lost)}: they are learnt as 'no "
+            "answer'; a smaller `stride` or a longer `max_length` helps",
+            stacklevel=3,
+        )
+
+
 def _targets(
     truth: tuple[int, int] | None, window: range, before: int
 ) -> dict[str, int]:
@@ -365,7 +381,7 @@ def answer(
     question: str,
     context: str,
     max_length: int | None = None,
-    stride: int = 128,
+    stride: int | None = None,
     max_answer_length: int = 30,
     null_threshold: float | None = None,
 ) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Written by tools/extract.py from notebooks/21_command_fine_tuning.md: edit that 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from signal import Signals
 from typing import Annotated, Any, Literal
@@ -41,7 +42,7 @@ _QUESTIONS: _Options = {
     "null_threshold": (
         float,
         "Of a question: say that there is no answer where this is better by "
-        "so much. [default: never]",
+        "so much. [default: never; evaluate: 0 if some have no answer]",
     ),
 }
 
@@ -139,14 +140,18 @@ def _task(
         return SequenceRegression(training, validation)
     if kind == "tokens":
         return TokenClassification(training, validation, labels)
-    if any(example.answers == () for example in training):
-        null_threshold = null_threshold or 0.0
     return QuestionAnswering(
         training,
         validation,
-        null_threshold=null_threshold,
+        null_threshold=_threshold(null_threshold, training),
         chinese=chinese,
     )
+
+
+def _threshold(asked: float | None, examples: Sequence[Any]) -> float | None:
+    """Return what "no answer" must be ahead by: 0 if some have no answer."""
+    some = any(getattr(example, "answers", None) == () for example in examples)
+    return 0.0 if asked is None and some else asked
 
 
 def _hold_out(
@@ -161,11 +166,8 @@ def _hold_out(
     groups: dict[Any, list[Any]] = {}
     for example in examples:
         of = vars(example)
-        key = (
-            of.get("context")
-            or of.get("words")
-            or (of["text"], of["text_pair"])
-        )
+        shared = [of[name] for name in ("context", "words") if name in of]
+        key = shared[0] if shared else (of["text"], of["text_pair"])
         groups.setdefault(key, []).append(example)
     parts = list(groups.values())
     random.Random(seed).shuffle(parts)
@@ -181,7 +183,10 @@ _SETTINGS: _Options = {
     "epochs": (int, "Times through the examples. [default: 3]"),
     "min_steps": (int, "But at least so many steps. [default: 200]"),
     "batch_size": (int, "Rows a step. [default: 32]"),
-    "group": (int, "Batches sorted together; 1: by chance. [default: 50]"),
+    "group": (
+        int,
+        "Batches sorted together; 1: by chance. [default: 50, fewer in a short epoch]",
+    ),
     "max_length": (int, "Tokens a row. [default: 128; 384 for questions]"),
     "learning_rate": (float, "Its peak. [default: 5e-5 x 768 / the width]"),
     "warmup_ratio": (
@@ -305,6 +310,7 @@ def _finetune(
     if kind == "questions":
         facts["next"] = (
             f"bertnb answer QUESTION --context FILE --model {output}"
+            + " --null-threshold 0" * (whole.null_threshold is not None)
         )
     if result.stopped in ("SIGINT", "SIGTERM"):
         facts["next"] = "the same command goes on"
@@ -385,14 +391,17 @@ def _trained(
         kind = "regression"
     labels = getattr(network, "label_names", None)
     threshold = asked.get("null_threshold")
+    length, size = asked["max_length"], asked["batch_size"]
     return kind, {
         "task": _task(
             kind, labels=labels, null_threshold=threshold, chinese=chinese
         ),
         "model": network,
         "tokenizer": words,
-        "max_length": asked["max_length"] or _length(kind, network.config),
-        "batch_size": asked["batch_size"] or 64,
+        "max_length": _length(kind, network.config)
+        if length is None
+        else length,
+        "batch_size": 64 if size is None else size,
     }
 
 
@@ -424,6 +433,9 @@ def _evaluate(
     asked["label"] = asked["label"] or "label"
     kind, use = _trained(model, asked, chinese)
     examples = _examples(file, split, kind, asked)
+    if kind == "questions":
+        threshold = _threshold(asked["null_threshold"], examples)
+        use["task"] = replace(use["task"], null_threshold=threshold)
     scores = evaluate(examples=examples, **use)
     show_facts({"task": kind, "examples": len(examples)} | scores, as_json)
 
@@ -489,8 +501,12 @@ def _predict(
     examples = _examples(file, split, kind, asked)
     rows: list[dict[str, Any]] = []
     for start in tqdm(range(0, len(examples), 2048), "answering"):
-        some = examples[start : start + 2048]
-        answers = predict(examples=some, **use)
+        some = [_asked_only(e) for e in examples[start : start + 2048]]
+        try:
+            answers = predict(examples=some, **use)
+        except ValueError as error:
+            where = f"in the {len(some):,} examples from number {start:,} on"
+            raise ValueError(f"{where}: {error}" if start else error) from error
         for number, pair in enumerate(zip(some, answers, strict=True), start):
             rows += _row(kind, number, *pair)
     if output is not None:
@@ -501,6 +517,12 @@ def _predict(
         show_facts({"task": kind, "rows": rows}, True)
     else:
         typer.echo(_table(rows, False), nl=False)
+
+
+def _asked_only(example: Any) -> Any:
+    """Return an example without what is known of it."""
+    known = {"label", "tags", "answers"} & vars(example).keys()
+    return replace(example, **dict.fromkeys(known))
 
 
 _ENTITY = "sentence type start end text score".split()

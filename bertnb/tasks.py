@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from bertnb.configuration import locate, read_json
 from bertnb.folders import PretrainedModel
 from bertnb.inference import evaluating, length_batches
 from bertnb.masked_lm import IGNORE
@@ -115,8 +116,8 @@ class Task(ABC):
         if wanted is not None and model.label_names != wanted:
             raise ValueError(
                 f"the model has the labels {model.label_names}, the task "
-                f"{wanted}: load the model with labels=..., or give the task "
-                "the model's"
+                f"{wanted}: load the model with load_for_task, or give the "
+                "task the model's"
             )
         count = head.get("num_labels")
         if count is not None and model.num_labels != count:
@@ -212,15 +213,49 @@ class Shuffled:
 def load_for_task(
     task: Task, path_or_hub_id: str | Path, seed: int = 0
 ) -> tuple[PretrainedModel, WordPieceTokenizer]:
-    """Return a checkpoint with a head for the task, untrained where it has
-    none, and its tokenizer. The seed decides how the head begins."""
+    """Return a checkpoint with a head for the task, and its tokenizer.
+
+    The classes of a trained head are found by their names, in whatever order
+    the checkpoint has them; names such as LABEL_0 say nothing, and become the
+    task's. Without a head, or with one for other classes (a warning says so),
+    it begins untrained, and the seed decides how.
+    """
     torch.manual_seed(seed)
+    asked = task.head_arguments()
+    saved = read_json(locate(path_or_hub_id, "config.json"))
+    head = _trained_head(task, saved)
+    if head is None:
+        head = asked | {"ignore": ("classifier.",)}
+        if task.model_class.__name__ in (saved.get("architectures") or ()):
+            warnings.warn(
+                f"{path_or_hub_id} has a head for other classes than the task: "
+                "a new one begins untrained",
+                stacklevel=2,
+            )
     with warnings.catch_warnings():  # that a head is new is no news here
         warnings.filterwarnings("ignore", ".*they start untrained")
-        model = task.model_class.from_pretrained(
-            path_or_hub_id, **task.head_arguments()
-        )
+        model: Any = task.model_class.from_pretrained(path_or_hub_id, **head)
+    if head.get("labels") != asked.get("labels"):
+        model.order_labels(asked["labels"])
     return model, WordPieceTokenizer.from_pretrained(path_or_hub_id)
+
+
+def _trained_head(task: Task, saved: dict[str, Any]) -> dict[str, Any] | None:
+    """Return how to load the head that a `config.json` tells of; None: it is
+    for other classes, or of another kind of model."""
+    form, asked = task.model_class, task.head_arguments()
+    if form.__name__ not in (saved.get("architectures") or [form.__name__]):
+        return None if asked else {}
+    own = form.saved_head_arguments(saved)
+    if not asked or not own:
+        return asked
+    numbers = range(own.get("num_labels") or 2)
+    names = own.get("labels") or [f"LABEL_{i}" for i in numbers]
+    if set(names) == set(asked.get("labels", ())):
+        return {"labels": names}
+    count = asked.get("num_labels") or len(asked["labels"])
+    nameless = all(name.startswith("LABEL_") for name in names)
+    return asked if len(names) == count and (nameless or count == 1) else None
 
 
 def row_logits(
@@ -422,7 +457,7 @@ class FineTuneConfig:
         ValueError: a value is out of its range; the message names it.
     """
 
-    output_dir: str | None = None
+    output_dir: str | Path | None = None
     epochs: int = 3
     batch_size: int = 32
     group: int | None = None
@@ -447,6 +482,8 @@ class FineTuneConfig:
     precision: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.output_dir is not None:  # the log is JSON: it holds a text
+            object.__setattr__(self, "output_dir", str(self.output_dir))
         counts = "epochs batch_size parts max_length min_steps"
         open_to_none = ("group", "eval_every", "patience", "frozen_layers")
         for name in (*counts.split(), *open_to_none, "seed"):

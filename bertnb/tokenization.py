@@ -293,15 +293,23 @@ class WordPieceTokenizer:
         except ValueError as error:
             raise BertnbError(f"{path_or_hub_id}: {error}") from error
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `vocab.txt`, `tokenizer_config.json` and `tokenizer.json`; `transformers` reads them."""
+    def save_pretrained(
+        self, folder: str | Path, model_max_length: int = 512
+    ) -> None:
+        """Write `vocab.txt`, `tokenizer_config.json` and `tokenizer.json`; `transformers` reads them.
+
+        Args:
+            model_max_length: the tokens to which the tokenizers of
+                `transformers` cut a row: the model's
+                `max_position_embeddings`.
+        """
         pieces = sorted(self.vocabulary, key=self.vocabulary.__getitem__)
         settings = {
             "tokenizer_class": "BertTokenizer",
             "do_lower_case": self.lowercase,
             "strip_accents": self.strip_accents,
             "tokenize_chinese_chars": True,
-            "model_max_length": 512,
+            "model_max_length": model_max_length,
             **{f"{t.strip('[]').lower()}_token": t for t in SPECIAL_TOKENS},
         }
         files = {

@@ -452,7 +452,8 @@ def fine_tuning(path: Path) -> Iterator[str]:
         "with the same weights, examples and hyper-parameters, but its own "
         "tokenizer, heads, padding and loop; of questions it knows no windows "
         "and no choice of spans, so both sides have ours. Both are scored with "
-        "the weights after the last step.",
+        "the weights after the last step, or with their mean where the plan has "
+        "`average`.",
         "",
         *summary(groups),
         f"The column of {MODELS[COLAB]} is filled by one command on a machine "

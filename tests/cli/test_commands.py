@@ -327,8 +327,15 @@ def test_prepare_leaves_the_tokenizer_where_pretrain_looks(
     answer("prepare", texts, "--tokenizer", tokenizer, "--output", shards)
     arguments = ["--total-steps", "1", "--batch-size", "2", "--device", "cpu"]
     answer("pretrain", shards, "--output", model, *arguments)
-    for name in ("vocab.txt", "tokenizer_config.json"):
-        assert (model / name).read_text() == (tokenizer / name).read_text()
+    assert (model / "vocab.txt").read_text() == (
+        tokenizer / "vocab.txt"
+    ).read_text()
+    name = "tokenizer_config.json"
+    told, before = (
+        json.loads((folder / name).read_text()) for folder in (model, tokenizer)
+    )
+    limit = bertnb.BertConfig.from_json_file(model / "config.json")
+    assert told == before | {"model_max_length": limit.max_position_embeddings}
 
 
 # --- pretrain
@@ -630,6 +637,23 @@ def test_convert_changes_the_head(tmp_path: Path) -> None:
     assert torch.equal(table, saved["bert.embeddings.word_embeddings.weight"])
     vocabulary = (tmp_path / "body" / "vocab.txt").read_text()
     assert vocabulary == (folder / "vocab.txt").read_text()
+
+
+def test_convert_names_a_head_that_it_does_not_know(tmp_path: Path) -> None:
+    config = transformers.BertConfig(**SMALL)
+    transformers.BertForMultipleChoice(config).save_pretrained(tmp_path / "mc")
+    done = run("convert", tmp_path / "mc", "--output", tmp_path / "out")
+    assert done.exit_code == 1
+    assert "holds a BertForMultipleChoice" in done.stderr
+    assert "--class" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_embed_writes_the_file_that_it_names(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one line")
+    done = run("embed", tmp_path / "a.txt", "--output", tmp_path / "vec")
+    assert done.exit_code == 2
+    assert "expected .npy" in " ".join(done.stderr.split())
 
 
 def tensorflow_name(name: str) -> str:

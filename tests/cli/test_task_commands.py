@@ -292,6 +292,17 @@ def test_two_are_held_out_at_least() -> None:
     assert len(task_commands._hold_out(few[:2], 0.1, 0)[1]) == 1
 
 
+def test_what_has_no_words_is_held_out_too() -> None:
+    bare: list[Any] = [
+        bertnb.TokenExample(()),
+        bertnb.QuestionExample("q?", "", ()),
+        bertnb.TextExample("", "x"),
+        bertnb.TokenExample(("a",)),
+    ]
+    learn, held = task_commands._hold_out(bare, 0.5, 0)
+    assert sorted(map(id, [*learn, *held])) == sorted(map(id, bare))
+
+
 def test_where_some_questions_have_no_answer_none_is_an_answer() -> None:
     known = bertnb.QuestionExample("a?", "a b", (bertnb.Answer("a", 0),))
     none = bertnb.QuestionExample("c?", "a b", ())
@@ -415,6 +426,9 @@ def test_the_exit_code_says_how_a_run_ended(
         ("predict {p} -", 1, "config.json"),
         ("predict {c} {p}/pairs.csv", 1, "no column 'text'"),
         ("predict {c} - --output a.txt", 2, "expected .csv or .jsonl"),
+        ("predict {c} - --batch-size 0", 1, "batch_size=0"),
+        ("predict {c} - --max-length 0", 1, "max_length=0"),
+        ("predict {c} - --device cuda", 1, "device='cuda'"),
         ("answer q --context - --model {c}", 1, "not for questions"),
         ("answer q --context -", 2, "--model"),
     ],
@@ -440,3 +454,51 @@ def test_a_wrong_call_is_one_line_and_a_code(
     assert "Traceback" not in done.stderr
     if code == 1:
         assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_evaluate_scores_no_answer_as_finetune_did(
+    place: Path, tmp_path: Path
+) -> None:
+    whole = json.loads((place / "squad.json").read_text())
+    asked = whole["data"][0]["paragraphs"][0]["qas"]
+    asked.append({"id": "n", "question": "Who cares?", "answers": []})
+    file = tmp_path / "some.json"
+    file.write_text(json.dumps(whole))
+    base = "--model", place / "tiny", "--output", tmp_path / "m", *QUICK
+    learnt = told("finetune", file, *base, "--validation", file)
+    assert learnt["next"].endswith("--null-threshold 0")
+    call = "evaluate", tmp_path / "m", file, "--max-length", "32"
+    names = "exact_match", "f1"
+    zero = told(*call, "--null-threshold", "0")
+    assert told(*call) == zero
+    assert [zero[n] for n in names] == [learnt[n] for n in names]
+    # never "no answer": what was answered with "" is wrong now
+    never = told(*call, "--null-threshold", "1e9")
+    rows = told("predict", tmp_path / "m", file)["rows"]
+    assert all(row["answer"] for row in rows)
+    assert never["exact_match"] <= zero["exact_match"]
+
+
+def test_predict_does_not_look_at_labels(place: Path, tmp_path: Path) -> None:
+    base = "--model", place / "tiny", "--output", tmp_path / "m", *QUICK
+    told("finetune", place / "tags.conll", *base)
+    other = tmp_path / "other.conll"
+    other.write_text(TAGS.replace("PER", "CITY"))
+    same = told("predict", tmp_path / "m", place / "tags.conll")
+    assert told("predict", tmp_path / "m", other) == same
+
+
+def test_predict_says_which_examples_it_was_at(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = "--model", place / "tiny", "--output", tmp_path / "m", *QUICK
+    told("finetune", place / "squad.json", *base)
+    whole = json.loads((place / "squad.json").read_text())
+    many = whole["data"][0]["paragraphs"][0]["qas"] * 600
+    bad = {**many[0], "question": " "}
+    whole["data"][0]["paragraphs"][0]["qas"] = [*many[:2050], bad]
+    file = tmp_path / "many.json"
+    file.write_text(json.dumps(whole))
+    done = run("predict", tmp_path / "m", file)
+    assert done.exit_code == 1
+    assert "in the 7 examples from number 2,048 on: example 2:" in done.stderr

@@ -266,6 +266,60 @@ def test_a_hub_whose_rows_have_changed(monkeypatch):
         load_examples("sst2", "train")
 
 
+@pytest.mark.parametrize(
+    ("asked", "name", "content", "says"),
+    [
+        (
+            ("sst2", "train"),
+            "sst2/train.tsv",
+            "sentence\tlabel\na\t1\nb\tpositive\n",
+            "train.tsv, row 2: label 'positive': expected 0 or 1",
+        ),
+        (
+            ("sst2", "train"),
+            "sst2/train.tsv",
+            "sentence\tlabel\na\t2\n",
+            "row 1: label '2'",
+        ),
+        (
+            ("stsb", "test"),
+            "stsb/sts-test_gold.tsv",
+            "a\tb\tc\td\t1.0\tone\ttwo\na\tb\tc\n",
+            "gold.tsv:2: .*expected 7 fields",
+        ),
+        (
+            ("stsb", "test"),
+            "stsb/sts-test_gold.tsv",
+            "a\tb\tc\td\tmuch\tone\ttwo\n",
+            "gold.tsv:1: .*a number in the fifth",
+        ),
+    ],
+)
+def test_a_bad_row_of_a_named_set(
+    tmp_path, monkeypatch, asked, name, content, says
+):
+    monkeypatch.setenv("BERTNB_DATA", str(tmp_path))
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_text(content)
+    with pytest.raises(BertnbError, match=says):
+        load_examples(*asked)
+
+
+def test_a_question_that_is_no_object(tmp_path):
+    paragraph = {"context": "a", "qas": ["q1"]}
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
+    with pytest.raises(BertnbError, match=r"a\.json"):
+        read_questions(file)
+
+
+def test_a_long_text_in_a_csv(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text("text,label\n" + "a b " * 50_000 + ",x\n")
+    (found,) = read_texts(file)
+    assert len(found.text) == 200_000
+
+
 def test_nothing_warns_where_nothing_is_wrong(tmp_path):
     file = tmp_path / "a.csv"
     file.write_bytes(b"\xef\xbb\xbftext,label\r\na,1\r\n\r\n")

@@ -16,12 +16,16 @@ import bertnb.fine_tuning
 from bertnb import (
     BertForSequenceClassification,
     BertnbError,
+    Checkpoints,
     FineTuneConfig,
+    FineTuningRun,
+    SequenceClassification,
     SequenceRegression,
     Shuffled,
     TextExample,
     fine_tune,
     fine_tune_seeds,
+    freezing,
     load_for_task,
     locked,
 )
@@ -317,3 +321,64 @@ def test_a_device_that_is_asked_late_loses_nothing(config, monkeypatch, bad):
     lines = log.read_text().splitlines() if log.exists() else ["facts"]
     assert len(lines) - 1 == bad // config.eval_every  # those before it
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_run_goes_on_only_from_its_own_weights(config, monkeypatch):
+    """What it began with, what it has come to, and nothing else."""
+    begun, expected = new(), whole(config)
+    at(monkeypatch, 9, fail)
+    with pytest.raises(OSError, match="the power failed"):
+        tune(config, model=begun)
+    torch.manual_seed(1)
+    other = BertForSequenceClassification(TINY, num_labels=1)
+    with pytest.raises(BertnbError, match="began with other weights"):
+        tune(config, model=other)
+    state = torch.load(checkpoint(config))
+    restored = new()
+    restored.load_state_dict(state["model"])
+    for name in ("model", "best"):
+        model = new()
+        model.load_state_dict(state[name])
+        with freezing(model, config.frozen_layers):
+            FineTuningRun(TASK, model, TOKENIZER, config).resume()
+        assert same(model, restored)
+    at(monkeypatch, 14, fail)
+    with pytest.raises(OSError, match="the power failed"):
+        tune(config, model=restored)
+    assert same(tune(config).model, expected.model)
+    # finished: the same call gives the same, another model is refused
+    assert same(tune(config, model=expected.model).model, expected.model)
+    with pytest.raises(BertnbError, match="began with other weights"):
+        tune(config, model=other)
+
+
+def test_a_run_goes_on_only_with_the_settings_of_its_task(config, monkeypatch):
+    at(monkeypatch, 9, fail)
+    with pytest.raises(OSError, match="the power failed"):
+        tune(config)
+    with pytest.raises(
+        BertnbError, match=r"task\.metric was 'spearman' and is"
+    ):
+        tune(config, replace(TASK, metric="pearson"))
+
+
+def test_class_weights_are_a_setting(config):
+    known = [replace(e, label="+" if e.label > 0.5 else "-") for e in EXAMPLES]
+    task = SequenceClassification(known[:20], known[20:])
+
+    def fresh():
+        torch.manual_seed(0)
+        return BertForSequenceClassification(TINY, labels=["+", "-"])
+
+    fine_tune(task, fresh(), TOKENIZER, config, progress=False)
+    for weights in ("balanced", {"+": 1.0, "-": 9.0}):
+        other = replace(task, class_weights=weights)
+        with pytest.raises(BertnbError, match=r"task\.class_weights was None"):
+            fine_tune(other, fresh(), TOKENIZER, config, progress=False)
+
+
+def test_the_checkpoints_of_another_kind_of_run_are_refused(config):
+    folder = Path(config.output_dir, "checkpoints")
+    Checkpoints(folder, 1).save(3, {"model": new().state_dict()})
+    with pytest.raises(BertnbError, match="another kind of run: choose"):
+        tune(config)

@@ -288,7 +288,7 @@ def test_scores_that_are_not_finite_are_no_answer():
     model = classifier()
     torch.nn.init.constant_(model.classifier.bias, math.nan)
     task = SequenceClassification(labels=LABELS)
-    with pytest.raises(ValueError, match="example 0: the model's scores"):
+    with pytest.raises(ValueError, match="example 0: the model gives"):
         predict(task, model, TOKENIZER, examples("a"), max_length=12)
 
 

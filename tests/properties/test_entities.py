@@ -325,3 +325,11 @@ def test_a_tagger_learns_its_examples(every):
 
 def test_inner_tags():
     assert list(map(inner_tag, ("O", "B-x", "I-x"))) == ["O", "I-x", "I-x"]
+
+
+def test_scores_that_are_not_finite_are_no_answer():
+    model = tagger()
+    torch.nn.init.constant_(model.classifier.bias, torch.nan)
+    task = TokenClassification(labels=NAMES)
+    with pytest.raises(ValueError, match="example 0: the model gives a score"):
+        predict(task, model, TOKENIZER, [TokenExample(("a", "b"))], 8)

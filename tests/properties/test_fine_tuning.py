@@ -7,6 +7,7 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import config_for, tokenizer_of
@@ -650,3 +651,103 @@ def test_the_ends_of_the_ranges_are_in():
         {"dropout": 0.0, "average": 1.0, "group": 1, "r_drop": 0.0},
     ):
         replace(CONFIG, **changes)
+
+
+# ----------------------------------------------------- a head that is there
+
+
+def saved_with(labels, folder, form=BertForSequenceClassification):
+    torch.manual_seed(3)
+    model = form(TINY, labels=labels).eval()
+    torch.nn.init.normal_(model.classifier.bias)
+    model.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("form", [SequenceClassification, TokenClassification])
+def test_a_trained_head_is_found_by_its_names(form, tmp_path):
+    labels = ["B-x", "O", "I-x"]
+    model = saved_with(labels, tmp_path, form.model_class)
+    words = form is TokenClassification
+    kind = (lambda t: TokenExample(tuple(t.split()))) if words else TextExample
+    bare = [kind(text) for text in texts(9)]
+    told = predict(form(labels=labels), model, TOKENIZER, bare, 12)
+    for order in (["I-x", "O", "B-x"], ["O", "B-x", "I-x"], labels):
+        task = form(labels=order)
+        turned, _ = load_for_task(task, tmp_path)
+        assert turned.label_names == order
+        found = predict(task, turned, TOKENIZER, bare, 12)
+        for one, other in zip(told, found, strict=True):
+            for name in ("label", "tags"):
+                assert one.get(name) == other.get(name)
+            for name, score in one.get("scores", {}).items():
+                assert score == pytest.approx(other["scores"][name], abs=1e-6)
+
+
+def test_a_head_for_other_classes_is_left_out_and_said_so(tmp_path):
+    model = saved_with(["sad", "glad"], tmp_path)
+    for labels in (["+", "-"], ["a", "b", "c"], ["sad", "glad", "mad"]):
+        task = SequenceClassification(labels=labels)
+        with pytest.warns(UserWarning, match="a head for other classes"):
+            new, _ = load_for_task(task, tmp_path)
+        assert new.label_names == labels
+        rows = new.classifier.weight[:2]
+        assert not torch.equal(rows, model.classifier.weight)
+        assert same(new.bert, model.bert)  # what it has learnt stays
+    with pytest.warns(UserWarning, match="a head for other classes"):
+        assert load_for_task(SequenceRegression(), tmp_path)[0].num_labels == 1
+
+
+def test_a_head_without_names_takes_those_of_the_task(tmp_path):
+    model = saved_with(["LABEL_0", "LABEL_1"], tmp_path)
+    found, _ = load_for_task(TASK, tmp_path)
+    assert found.label_names == ["+", "-"]
+    assert same(found, model)
+    saved_with(["similarity"], tmp_path)
+    found, _ = load_for_task(SequenceRegression(), tmp_path)
+    assert same(found, saved_with(["similarity"], tmp_path))
+
+
+def test_a_head_of_another_kind_of_model_is_none(tmp_path):
+    tagger = saved_with(["+", "-"], tmp_path, BertForTokenClassification)
+    found, _ = load_for_task(TASK, tmp_path)
+    assert not torch.equal(found.classifier.weight, tagger.classifier.weight)
+    assert same(found.bert.encoder, tagger.bert.encoder)
+
+
+def test_other_names_are_no_order():
+    model = BertForSequenceClassification(TINY, labels=["a", "b"])
+    with pytest.raises(ValueError, match=r"labels=\['a', 'c'\]: expected the"):
+        model.order_labels(["a", "c"])
+    with pytest.raises(ValueError, match="num_labels=0"):
+        BertForSequenceClassification(TINY, num_labels=0)
+
+
+def test_a_folder_may_be_a_path(tmp_path):
+    folder = tmp_path / "run"
+    result = tune(config=replace(CONFIG, output_dir=folder))
+    assert (folder / "log.jsonl").read_text().count('"step"') == 4
+    assert same(load_for_task(TASK, folder)[0], result.model)
+
+
+def test_transformers_cuts_to_what_the_model_reads(tmp_path):
+    tune(config=replace(CONFIG, output_dir=tmp_path))
+    reader = transformers.pipeline("text-classification", model=str(tmp_path))
+    (said,) = reader("good " * 300, truncation=True)
+    limit = TINY.max_position_embeddings - 2
+    (ours,) = predict(
+        TASK,
+        load_for_task(TASK, tmp_path)[0],
+        TOKENIZER,
+        [TextExample("good " * limit)],
+        TINY.max_position_embeddings,
+    )
+    assert said["label"] == ours["label"]
+    assert said["score"] == pytest.approx(ours["score"], abs=1e-5)
+
+
+def test_where_an_example_is_bad_is_said():
+    unknown = [*TASK.validation, TextExample("good", "?")]
+    with pytest.raises(ValueError, match="validation: example 10 has the"):
+        tune(replace(TASK, validation=unknown))

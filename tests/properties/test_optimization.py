@@ -366,6 +366,11 @@ def test_gradients_are_added_to_those_that_are_there():
         assert torch.allclose(p.grad, 2 * first)
 
 
+def test_a_number_of_minus_100_is_a_target():
+    numbers = torch.tensor([-100.0, 1.0, -100.0])
+    assert int(count_targets({"labels": numbers})["labels"]) == 3
+
+
 def test_targets_are_counted_by_their_argument():
     counts = count_targets(
         {

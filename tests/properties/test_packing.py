@@ -63,7 +63,7 @@ def test_no_two_tokens_share_a_place_and_no_row_is_too_long(
     assert all(0 <= place < length for _, place in places)
     rows = {row for row, _, _ in found}
     assert rows == set(range(len(rows)))  # none is left empty
-    assert len(rows) < 2 * sum(lengths) / length + 1  # exercise 16.24
+    assert len(rows) < 2 * sum(lengths) / length + 1  # exercise 16.27
     slots = {(row, slot) for row, _, slot in found}
     assert len(slots) == len(lengths)
     for row in rows:  # a text's slot is its rank in the row

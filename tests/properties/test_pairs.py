@@ -16,6 +16,7 @@ from bertnb import (
     FineTuneConfig,
     SequenceRegression,
     TextExample,
+    accumulate_gradients,
     correlations,
     evaluate,
     fine_tune,
@@ -129,7 +130,7 @@ def test_bad_examples_are_named():
 def test_numbers_that_are_not_finite_are_no_answer():
     network = model()
     torch.nn.init.constant_(network.classifier.bias, math.inf)
-    with pytest.raises(ValueError, match="example 0: the model's scores"):
+    with pytest.raises(ValueError, match="example 0: the model gives"):
         predict(
             SequenceRegression(), network, TOKENIZER, [TextExample("a")], 12
         )
@@ -153,3 +154,31 @@ def test_a_tiny_model_learns_to_count():
     result = fine_tune(task, model(), TOKENIZER, config, progress=False)
     assert result.best["pearson"] > 0.9
     assert result.best["spearman"] > 0.8
+
+
+@pytest.mark.parametrize("parts", [1, 2, 6])
+def test_a_number_may_be_minus_100(parts):
+    """It is the number of a class that does not count, and here a number."""
+    numbers = torch.tensor([-100.0, 1.0, 2.0, 3.0, -100.0, 5.0])
+    batch = {"input_ids": torch.tensor([[2, 5, 3]] * 6), "labels": numbers}
+    network = model().eval()
+    loss = accumulate_gradients(network, batch, parts)
+    answers = network(batch["input_ids"]).logits[:, 0].detach()
+    assert loss == pytest.approx(float((answers - numbers).square().mean()))
+    slope = 2 * (answers - numbers).mean()
+    assert network.classifier.bias.grad == pytest.approx(float(slope), rel=1e-5)
+
+
+def test_numbers_that_are_not_finite_correlate_with_nothing():
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="is not finite"):
+            correlations([1.0, bad, 2.0], [1.0, 2.0, 3.0])
+        with pytest.raises(ValueError, match="is not finite"):
+            correlations([1.0, 2.0, 3.0], [1.0, bad, 3.0])
+    with pytest.raises(ValueError, match="label=nan"):
+        TextExample("a", np.float32("nan"))
+
+
+def test_one_example_is_too_few_to_be_scored_on():
+    with pytest.raises(ValueError, match="validation has one example"):
+        SequenceRegression(validation=[TextExample("a", 1.0)])

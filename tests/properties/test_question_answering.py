@@ -81,7 +81,11 @@ def test_every_answer_is_found_again_in_its_own_characters(
         with pytest.raises(ValueError, match="has no token"):
             task.rows([question], TOKENIZER, max_length)
         return
-    rows = task.rows([question], TOKENIZER, max_length)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        rows = task.rows([question], TOKENIZER, max_length)
+    lost = not any(row.targets["start_positions"] for row in rows)
+    assert bool(told) == lost  # a learner hears of it
     owned = [o[:2] for row in rows for o in row.origins if o and o[2]]
     assert sorted(owned) == tokens  # once each
     for number, row in enumerate(rows):
@@ -311,3 +315,33 @@ def test_fine_tuned_saved_and_read_by_transformers(tmp_path):
         output = peer.eval()(**inputs)
     first, last = output.start_logits.argmax(), output.end_logits.argmax()
     assert theirs.decode(inputs["input_ids"][0, first : last + 1]) == "7"
+
+
+def test_an_answer_that_no_window_holds_is_counted():
+    passage = " ".join("abcdefghijklmnopqrstuvwxyz")
+    # room for 11 of its tokens: windows end behind k, v, z
+    lost = QuestionExample("who?", passage, (Answer("k l", 20),))
+    kept = QuestionExample("who?", passage, (Answer("b c", 2),))
+    none = QuestionExample("who?", passage, ())
+    with pytest.warns(
+        UserWarning,
+        match="1 of 2 answers are whole in no window, the first is that of "
+        "example 1:",
+    ):
+        QuestionAnswering(stride=11).rows([kept, lost, none], TOKENIZER, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = QuestionAnswering().rows([kept, lost, none], TOKENIZER, 16)
+    whole = {r.example for r in rows if r.targets["start_positions"]}
+    assert whole == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("length", "stride"), [(16, 5), (261, 128), (400, 128)]
+)
+def test_windows_of_short_rows_share_half(length, stride):
+    asked = QuestionExample("who?", " ".join("a" * 1000))
+    rows = QuestionAnswering().rows([asked], TOKENIZER, length)
+    wanted = QuestionAnswering(stride=stride).rows([asked], TOKENIZER, length)
+    assert rows == wanted
+    assert len(rows) > 1
