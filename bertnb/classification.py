@@ -171,7 +171,8 @@ class BertClassifier(PretrainedModel, ABC):
         names = saved.get("id2label")
         arguments: dict[str, Any] = {"num_labels": saved.get("num_labels")}
         if names:
-            arguments = {"labels": [names[i] for i in sorted(names, key=int)]}
+            order = sorted(names, key=int)
+            arguments = {"labels": [str(names[i]) for i in order]}
         count = len(names or ()) or arguments["num_labels"] or 2
         ours = "regression" if count == 1 else "single_label_classification"
         kind = saved.get("problem_type")
@@ -206,6 +207,8 @@ class BertClassifier(PretrainedModel, ABC):
         with torch.no_grad():
             for parameter in self.classifier.parameters():
                 parameter.copy_(parameter[places])
+        if self.class_weights is not None:
+            self.class_weights = self.class_weights[places]
         self.label_names = list(labels)
 
     @abstractmethod
@@ -336,15 +339,22 @@ METRICS = ("accuracy", "macro_f1", "matthews")
 
 def _other_score(name: str, truth: list[str], answers: list[str]) -> float:
     """Return the macro F1, (17.6), or Matthews' correlation, (17.7)."""
+    metrics = _sklearn_metrics(name)
+    if name == "macro_f1":
+        return float(
+            metrics.f1_score(truth, answers, average="macro", zero_division=0)
+        )
+    return float(metrics.matthews_corrcoef(truth, answers))
+
+
+def _sklearn_metrics(name: str) -> Any:
     try:
-        from sklearn.metrics import f1_score, matthews_corrcoef
+        import sklearn.metrics
     except ImportError as error:
         raise BertnbError(
             f'metric={name!r} needs scikit-learn: pip install "bertnb[train]"'
         ) from error
-    if name == "macro_f1":
-        return float(f1_score(truth, answers, average="macro", zero_division=0))
-    return float(matthews_corrcoef(truth, answers))
+    return sklearn.metrics
 
 
 @dataclass(frozen=True)
@@ -363,6 +373,8 @@ class SequenceClassification(Task):
         metric: "accuracy", "macro_f1", (17.6), or "matthews", (17.7).
 
     Raises:
+        BertnbError: `validation` is to be scored by a metric that needs
+            scikit-learn, which is not there.
         TypeError: a training example's label is no name.
         ValueError: `metric` is unknown, or there are fewer than two classes,
             or one is named twice.
@@ -381,6 +393,8 @@ class SequenceClassification(Task):
             raise ValueError(
                 f"metric={self.metric!r}: expected one of {', '.join(METRICS)}"
             )
+        if self.metric != "accuracy" and len(self.validation):
+            _sklearn_metrics(self.metric)  # else missed when an epoch is over
         for number, example in enumerate(self.training):
             if not isinstance(example.label, str | None):
                 raise TypeError(

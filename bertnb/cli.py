@@ -20,6 +20,7 @@ from bertnb.terminal import (
     JsonOption,
     ModelOption,
     OutputOption,
+    check_output,
     load_model,
     new_app,
     one_line_errors,
@@ -432,8 +433,7 @@ def _embed(
 
     if output is None and not as_json:
         raise typer.BadParameter("where to? Give --output or --json")
-    if output is not None and output.suffix != ".npy":
-        raise typer.BadParameter(f"--output {output}: expected .npy")
+    check_output(output, ".npy")
     network, tokenizer = load_model(BertModel, model, device)
     texts = [line for file in files for line in read_lines(file)]
     if not texts:

@@ -229,7 +229,7 @@ def locate(
         FileNotFoundError: neither a folder with that file nor a repository
             that can be reached.
     """
-    folder = Path(path_or_hub_id)
+    folder, text = Path(path_or_hub_id), str(path_or_hub_id)
     if folder.is_dir():
         if not (folder / name).is_file():
             there = sorted(path.name for path in folder.iterdir())
@@ -237,18 +237,17 @@ def locate(
                 f"{folder} holds no {name}; it holds {there}"
             )
         return folder / name
+    path = folder.is_absolute() or folder.exists()
+    if path or text.startswith((".", "~")) or text.endswith("/"):
+        raise FileNotFoundError(f"{text!r} is not a folder")
     from huggingface_hub import constants, hf_hub_download
 
     try:
-        return Path(
-            hf_hub_download(
-                str(path_or_hub_id), name, revision=revision, token=token
-            )
-        )
+        return Path(hf_hub_download(text, name, revision=revision, token=token))
     except Exception as error:
         offline = "HF_HUB_OFFLINE is set, so only kept files are used: "
         raise FileNotFoundError(
-            f"{str(path_or_hub_id)!r} is not a folder, and the hub gave no "
-            f"{name} under that name: "
+            f"{text!r} is not a folder, and the hub gave no {name} under that "
+            "name: "
             f"{offline if constants.HF_HUB_OFFLINE else ''}{error}"
         ) from error

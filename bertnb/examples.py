@@ -71,7 +71,11 @@ class TextExample:
         _check_text("text", self.text)
         if self.text_pair is not None:
             _check_text("text_pair", self.text_pair)
-        if isinstance(self.label, Real) and not math.isfinite(self.label):
+        if (
+            isinstance(self.label, Real)
+            and not isinstance(self.label, int)
+            and not math.isfinite(self.label)
+        ):
             raise ValueError(f"label={self.label}: expected a finite number")
 
 
@@ -188,7 +192,7 @@ def _at(where: object, expected: str = "") -> Iterator[None]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Give the lines of a file, numbered from 1, with their ends."""
-    opened = gzip.open if path.suffix == ".gz" else open
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
     with opened(path, "rb") as file:
         try:
             for number, line in enumerate(file, 1):
@@ -209,7 +213,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _kind(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def _fields(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -218,18 +222,21 @@ def _fields(path: Path) -> Iterator[tuple[int, list[str]]]:
         for number, line in _lines(path):
             yield number, line.rstrip("\r\n").split("\t")
         return
-    csv.field_size_limit(2**31 - 1)  # by default no text of 131,073 characters
     rows = csv.reader((line for _, line in _lines(path)), strict=True)
     while True:
         begins = rows.line_num + 1
+        limit = csv.field_size_limit(2**31 - 1)  # else 131,072 characters
         try:
-            yield begins, next(rows)
+            row = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
             raise BertnbError(
                 f"{path}:{begins}: {error}: in a field in quotes, each quote is written twice"
             ) from error
+        finally:
+            csv.field_size_limit(limit)
+        yield begins, row
 
 
 def _table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -246,10 +253,12 @@ def _table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 )
             continue
         if len(fields) != len(header):
+            comma = _kind(path) == ".csv" and len(fields) > len(header)
             raise BertnbError(
                 f"{path}:{number}: {len(fields)} fields, but {len(header)} "
-                f"columns, {', '.join(header)}; in a .csv, a field with a "
-                "comma needs quotes around it"
+                f"columns, {', '.join(header)}"
+                + "; a field with a comma needs quotes around it"
+                * comma
             )
         yield number, dict(zip(header, fields, strict=True))
 

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -102,6 +102,7 @@ class FineTuningRun:
         )
         self.digest = _digest(rows), _digest(self.held)
         self.began = _weights_digest(model.state_dict())
+        self.bound = self._bound()
         self.facts = run_facts(config) | {"task": type(task).__name__}
         self.facts |= {"rows": len(rows), "steps": self.total}
         self.optimizer = adamw(
@@ -181,7 +182,7 @@ class FineTuningRun:
         self.records.append(record | scores)
         self.losses.zero_()
         self.since = 0
-        if self.waited == 0:
+        if self.best_place == len(self.records) - 1:
             state = self.result.state_dict()
             self.best = {k: t.to("cpu", copy=True) for k, t in state.items()}
             if config.output_dir is not None:
@@ -189,14 +190,23 @@ class FineTuningRun:
                 limit = self.model.config.max_position_embeddings
                 self.tokenizer.save_pretrained(config.output_dir, limit)
 
+    def _scores(self) -> list[float]:
+        if not self.held:  # nothing says which is better
+            return [0.0] * len(self.records)
+        return [record[self.task.metric] for record in self.records]
+
+    @property
+    def best_place(self) -> int:
+        """Which record is the best, of equal ones the last; -1 for none."""
+        scores = self._scores()
+        return max(range(len(scores)), key=lambda i: (scores[i], i), default=-1)
+
     @property
     def waited(self) -> int:
-        """How many evaluations lie behind the best one; without validation
-        the last is the best."""
-        if not self.records or not self.held:
-            return 0
-        scores = [record[self.task.metric] for record in self.records]
-        return len(scores) - 1 - scores.index(max(scores))
+        """How many evaluations ago the best score was reached first; 0
+        without validation."""
+        scores = self._scores() if self.held else []
+        return len(scores) - 1 - scores.index(max(scores)) if scores else 0
 
     def save(self) -> None:
         """Write the log, and a checkpoint of what the next step depends on."""
@@ -209,7 +219,7 @@ class FineTuningRun:
         device = self.losses.device
         cuda = device.type == "cuda"
         state = {
-            "bound": json.dumps(self.bound()),
+            "bound": json.dumps(self.bound),
             "began": self.began,
             "done": self.done,
             "model": self.model.state_dict(),
@@ -225,19 +235,19 @@ class FineTuningRun:
         }
         Checkpoints(folder / "checkpoints", 1).save(self.done, state)
 
-    def bound(self) -> dict[str, Any]:
+    def _bound(self) -> dict[str, Any]:
         """Return what must be the same when a run goes on."""
-        free = "output_dir patience device task.training task.validation"
+        free = ("output_dir", "patience", "device")
         values = asdict(self.config) | {
-            "digests of the rows": self.digest,
+            "digest of training": self.digest[0],
+            "digest of validation": self.digest[1],
             "head": self.task.head_arguments(),
             "metric": self.task.metric,
             "model": asdict(self.model.config),
-            **{f"task.{name}": v for name, v in vars(self.task).items()},
         }
-        kept = {k: v for k, v in values.items() if k not in free.split()}
-        text = json.dumps(kept, default=lambda value: type(value).__name__)
-        return dict(json.loads(text))  # as it comes back from there
+        kept = {k: v for k, v in values.items() if k not in free}
+        # as it comes back from there
+        return dict(json.loads(json.dumps(kept))) | _settings(self.task)
 
     def resume(self) -> None:
         """Take over the checkpoint in the folder, if there is one.
@@ -274,12 +284,16 @@ class FineTuningRun:
         folder = self.config.output_dir
         if "began" not in state:
             raise BertnbError(
-                f"{folder} holds checkpoints of another kind of run: choose "
-                "another output_dir"
+                f"{folder} holds checkpoints of another kind of run, or of an "
+                "older version: choose another output_dir"
             )
-        refuse_changes(json.loads(state["bound"]), self.bound(), str(folder))
+        refuse_changes(json.loads(state["bound"]), self.bound, str(folder))
         known = (_weights_digest(state[name]) for name in ("model", "best"))
-        if self.began not in (state["began"], *known):
+        if self.began in (state["began"], *known):
+            return
+        # a run that was killed has written a better model, and no checkpoint
+        written = type(self.model).from_pretrained(str(folder))
+        if self.began != _weights_digest(written.state_dict()):
             raise BertnbError(
                 f"{folder} holds a run that began with other weights than "
                 "`model` has: load the model that it began with, or choose "
@@ -309,6 +323,26 @@ def _labelled_rows(
     return found
 
 
+def _settings(task: Task) -> dict[str, Any]:
+    """Return what a task was given besides its examples, as JSON holds it: of
+    anything else the type, and of what is long a digest."""
+    names: set[str] = set()
+    if is_dataclass(task):
+        names = {f.name for f in fields(task)} - {"training", "validation"}
+    found: dict[str, Any] = {}
+    for name in names:
+        value = getattr(task, name)
+        text = json.dumps(value, skipkeys=True, default=_plain)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        long = len(text) > 2000
+        found[f"task.{name}"] = digest if long else json.loads(text)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else type(value).__name__
+
+
 def _weights_digest(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
@@ -323,7 +357,7 @@ def _digest(rows: Sequence[Row]) -> str:
     for row in rows:
         read = row.example, row.input_ids, row.token_type_ids, row.targets
         digest.update(repr(read).encode())
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]
 
 
 # %% The code: the loop on one screen
@@ -331,7 +365,8 @@ def _digest(rows: Sequence[Row]) -> str:
 class FineTuneResult:
     """The trained model with its best weights, and how it got there.
 
-    `records` has a line an evaluation, `best` is the one of these weights.
+    `records` has a line an evaluation, `best` is the one of these weights: the
+    best, of equal scores the last.
     `stopped` is None after the last step, "patience", or "SIGTERM" or
     "SIGINT": then the weights are the last, and with `output_dir` the same
     call goes on where it stopped.
@@ -355,7 +390,8 @@ def fine_tune(
 
     The model is trained in place, and comes back in eval mode. With
     `output_dir`, the folder holds the best model in Hugging Face's layout, and
-    the same call goes on where it was stopped.
+    the same call goes on where it was stopped; after an error, with the model
+    loaded anew.
 
     Args:
         config: None: the defaults.
@@ -385,7 +421,7 @@ def fine_tune(
         stopped = _go_on(run, stop, progress)
     if stopped in (None, "patience"):
         model.load_state_dict(run.best)
-    best = run.records[-1 - run.waited] if run.records else {}
+    best = run.records[run.best_place] if run.records else {}
     return FineTuneResult(model, tokenizer, run.records, best, stopped)
 
 
@@ -409,7 +445,9 @@ def _go_on(run: FineTuningRun, stop: StopRequest, progress: bool) -> str | None:
                 run.evaluate(time.perf_counter() - clock)
                 clock = time.perf_counter()
                 score = run.records[-1].get(run.task.metric)
-                bar.set_postfix({str(run.task.metric): score})
+                bar.set_postfix(
+                    {} if score is None else {run.task.metric: score}
+                )
                 run.save()
                 if patience is not None and run.waited >= patience:
                     return "patience"

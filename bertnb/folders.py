@@ -6,6 +6,7 @@ Written by tools/extract.py from notebooks/00_folders.md: edit that notebook, no
 import json
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Collection
 from hashlib import sha256
@@ -32,6 +33,7 @@ __all__ = [
     "WEIGHTS",
     "SUMS",
     "read_weights",
+    "config_file",
     "PretrainedModel",
 ]
 
@@ -281,6 +283,22 @@ def _sum(tensor: Tensor) -> int:
     return crc32(flat.view(torch.uint8).numpy().data)
 
 
+def config_file(
+    path_or_hub_id: str | Path,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Path:
+    """Return the `config.json` of a model; of a save that was killed, the one
+    that belongs to the weights.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    return _left_config(Path(path_or_hub_id)) or locate(
+        path_or_hub_id, "config.json", revision, token
+    )
+
+
 def _left_config(folder: Path) -> Path | None:
     """Return the `config.json.tmp` that belongs to the weights, if any: a
     save that was killed has left it.
@@ -342,9 +360,7 @@ class PretrainedModel(nn.Module):
             BertnbError: a file is damaged, or the weights do not fit; the
                 message names the file and the first keys.
         """
-        file = _left_config(Path(path_or_hub_id)) or locate(
-            path_or_hub_id, "config.json", revision, token
-        )
+        file = config_file(path_or_hub_id, revision, token)
         config = BertConfig.from_json_file(file)
         arguments = head_arguments or cls.saved_head_arguments(read_json(file))
         weights, source = read_weights(path_or_hub_id, revision, token)
@@ -427,6 +443,8 @@ class PretrainedModel(nn.Module):
         }
         temporary = folder / "model.safetensors.tmp"
         save_file(weights, temporary, metadata=metadata)
+        # the library lets nobody else read what it writes
+        shutil.copymode(folder / "config.json.tmp", temporary)
         names = ("model.safetensors", "config.json")
         for name in names:  # on the disk, before one of them has its name
             with (folder / f"{name}.tmp").open("rb+") as file:

@@ -44,18 +44,23 @@ def correlations(
         )
     if not all(map(math.isfinite, (*truth, *answers))):
         raise ValueError("a true number or an answer is not finite")
+    stats = _scipy_stats()
+    if len(set(truth)) == 1 or len(set(answers)) == 1:
+        return {"spearman": 0.0, "pearson": 0.0}
+    return {
+        "spearman": float(stats.spearmanr(truth, answers).statistic),
+        "pearson": float(stats.pearsonr(truth, answers).statistic),
+    }
+
+
+def _scipy_stats() -> Any:
     try:
-        from scipy.stats import pearsonr, spearmanr
+        import scipy.stats
     except ImportError as error:
         raise BertnbError(
             'correlations need scipy: pip install "bertnb[train]"'
         ) from error
-    if len(set(truth)) == 1 or len(set(answers)) == 1:
-        return {"spearman": 0.0, "pearson": 0.0}
-    return {
-        "spearman": float(spearmanr(truth, answers).statistic),
-        "pearson": float(pearsonr(truth, answers).statistic),
-    }
+    return scipy.stats
 
 
 # %% The code
@@ -71,6 +76,7 @@ class SequenceRegression(Task):
         metric: "spearman" or "pearson", (18.5).
 
     Raises:
+        BertnbError: there is a validation, and scipy is not installed.
         ValueError: `metric` is unknown, or `validation` has one example.
     """
 
@@ -85,6 +91,8 @@ class SequenceRegression(Task):
             raise ValueError(
                 f"metric={self.metric!r}: expected 'spearman' or 'pearson'"
             )
+        if len(self.validation):
+            _scipy_stats()  # else it is missed when an epoch is over
         if len(self.validation) == 1:
             raise ValueError(
                 "validation has one example: a correlation needs two or more"

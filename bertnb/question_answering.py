@@ -356,8 +356,9 @@ def _warn_of_lost(
     if lost := answered - whole:
         warnings.warn(
             f"{len(lost)} of {len(answered)} answers are whole in no window, "
-            f"the first is that of example {min(lost)}: they are learnt as 'no "
-            "answer'; a smaller `stride` or a longer `max_length` helps",
+            f"the first is that of example {min(lost)}: they cannot be found, "
+            "and are learnt as 'no answer'; a longer `max_length` helps, or, if "
+            "they are shorter than a window, a smaller `stride`",
             stacklevel=3,
         )
 

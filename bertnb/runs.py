@@ -25,6 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from bertnb.configuration import BertnbError
+from bertnb.folders import WEIGHTS
 from bertnb.optimization import pick_device
 from bertnb.shards import file_digest
 
@@ -174,10 +175,17 @@ def locked(folder: str | Path) -> Iterator[None]:
     where the file system has none, neither, and a warning says so.
 
     Raises:
-        BertnbError: another process holds the folder.
+        BertnbError: another process holds the folder, or it holds a model
+            that no run has written there.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    ours = any((folder / name).exists() for name in (".lock", "checkpoints"))
+    if not ours and any((folder / name).exists() for name in WEIGHTS):
+        raise BertnbError(
+            f"{folder} holds a model that no run has written there, and it "
+            "would be overwritten: choose another folder"
+        )
     with (folder / ".lock").open("a") as file:
         if fcntl is not None:
             try:

@@ -3,7 +3,8 @@
 Written by tools/extract.py from notebooks/21_command_fine_tuning.md: edit that notebook, not this file.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from signal import Signals
@@ -15,6 +16,7 @@ from bertnb.terminal import (
     JsonOption,
     ModelOption,
     OutputOption,
+    check_output,
     load_model,
     new_app,
     one_line_errors,
@@ -51,16 +53,22 @@ def _read(source: str, kind: str, asked: dict[str, Any]) -> list[Any]:
     """Return the examples in a file, or in standard input, a text a line."""
     from bertnb.examples import (
         TextExample,
+        TokenExample,
         read_questions,
         read_texts,
         read_tokens,
     )
+    from bertnb.tokenization import basic_tokenize
 
     texts = kind in ("classification", "regression")
     if source == "-":
-        if not texts:
-            raise ValueError(f"{kind} are read from a file, not from -")
-        return [TextExample(line) for line in read_lines("-")]
+        if kind == "questions" or asked["pair"]:
+            raise ValueError("questions and pairs are read from a file, not -")
+        lines = read_lines("-")
+        if kind == "tokens":  # words by the rules of BERT, with capitals
+            words = [basic_tokenize(line, lowercase=False) for line in lines]
+            return [TokenExample(tuple(found)) for found in words]
+        return [TextExample(line) for line in lines]
     if not texts:
         return (read_tokens if kind == "tokens" else read_questions)(source)
     columns = asked["text"] or "text", asked.get("label"), asked["pair"]
@@ -73,6 +81,7 @@ def _examples(
     """Return the examples of a named set, or of a file."""
     from bertnb.named_sets import NAMED_SETS, load_examples
 
+    _check_there(source)
     if source not in NAMED_SETS:
         return _read(source, kind, asked)
     if (known := NAMED_SETS[source][0]) != kind:
@@ -85,7 +94,8 @@ def _guess(source: str, asked: dict[str, Any]) -> str:
     from bertnb.configuration import BertnbError
     from bertnb.named_sets import NAMED_SETS
 
-    ending = source.removesuffix(".gz").rpartition(".")[2]
+    _check_there(source)
+    ending = source.lower().removesuffix(".gz").rpartition(".")[2]
     if source in NAMED_SETS:
         return NAMED_SETS[source][0]
     if ending not in ("csv", "tsv", "json", "jsonl"):
@@ -103,12 +113,34 @@ def _guess(source: str, asked: dict[str, Any]) -> str:
     return "classification" if whole else "regression"
 
 
+def _check_there(source: str) -> None:
+    from bertnb.named_sets import NAMED_SETS
+
+    if source not in ("-", *NAMED_SETS) and not Path(source).exists():
+        raise FileNotFoundError(
+            f"{source}: there is no such file, and no set of that name; sets "
+            f"are {', '.join(NAMED_SETS)}"
+        )
+
+
+@contextmanager
+def _adding(hint: str) -> Iterator[None]:
+    """Say at the end of an error how it came that a file was read so."""
+    from bertnb.configuration import BertnbError
+
+    try:
+        yield
+    except (BertnbError, ValueError) as error:
+        raise BertnbError(f"{error} ({hint})") from error
+
+
 def _first_object(source: str) -> dict[str, Any]:
     """Return the object on the first line of a file, {} if there is none."""
     import gzip
     import json
 
-    opened: Callable[..., Any] = gzip.open if source.endswith(".gz") else open
+    packed = source.lower().endswith(".gz")
+    opened: Callable[..., Any] = gzip.open if packed else open
     with opened(source, "rb") as file:
         try:
             found = json.loads(file.readline())
@@ -143,7 +175,7 @@ def _task(
     return QuestionAnswering(
         training,
         validation,
-        null_threshold=_threshold(null_threshold, training),
+        null_threshold=_threshold(null_threshold, (*training, *validation)),
         chinese=chinese,
     )
 
@@ -185,7 +217,8 @@ _SETTINGS: _Options = {
     "batch_size": (int, "Rows a step. [default: 32]"),
     "group": (
         int,
-        "Batches sorted together; 1: by chance. [default: 50, fewer in a short epoch]",
+        "Batches sorted together; 1: by chance. [default: 50, fewer where an "
+        "epoch is short]",
     ),
     "max_length": (int, "Tokens a row. [default: 128; 384 for questions]"),
     "learning_rate": (float, "Its peak. [default: 5e-5 x 768 / the width]"),
@@ -232,7 +265,9 @@ def _finetune(
         typer.Argument(
             help="Examples: .csv, .tsv or .jsonl with a text and a label a "
             "row; CoNLL columns or CLUENER's .json with entities; SQuAD's "
-            ".json with questions; or the name of a set, such as sst2.",
+            ".json with questions; or the name of a set: "
+            "sst2, chnsenticorp, stsb, snli, mnli, wnut17, wikigold, cluener, "
+            "squad, squad_v2, xquad.en, xquad.zh, drcd.",
             show_default=False,
         ),
     ],
@@ -283,7 +318,8 @@ def _finetune(
     asked["label"] = asked["label"] or "label"
     seed = asked["seed"] or 0
     kind = _guess(file, asked) if task == "auto" else task
-    learn = _examples(file, "train", kind, asked)
+    with _adding(f"read as {kind}; --task says otherwise"):
+        learn = _examples(file, "train", kind, asked)
     labels = _labels(file, kind, learn)
     if "validation" in NAMED_SETS.get(file, ("", ()))[1]:
         validation = validation or file
@@ -306,11 +342,11 @@ def _finetune(
         best.pop(name, None)
     facts |= {"best_step": best.pop("step", None), **best}
     facts |= {"stopped": result.stopped, "output": str(output)}
+    _write_asked(output, whole, asked)
     facts["next"] = f"bertnb predict {output} FILE"
     if kind == "questions":
         facts["next"] = (
             f"bertnb answer QUESTION --context FILE --model {output}"
-            + " --null-threshold 0" * (whole.null_threshold is not None)
         )
     if result.stopped in ("SIGINT", "SIGTERM"):
         facts["next"] = "the same command goes on"
@@ -385,6 +421,7 @@ def _trained(
             f"{folder} holds a {name}, which was not trained for a task: "
             f"bertnb finetune FILE --model {folder} --output ..."
         )
+    _read_asked(folder, asked)
     kind, form = kinds[name]
     network, words = load_model(form, folder, asked["device"])
     if kind == "classification" and network.num_labels == 1:
@@ -392,17 +429,39 @@ def _trained(
     labels = getattr(network, "label_names", None)
     threshold = asked.get("null_threshold")
     length, size = asked["max_length"], asked["batch_size"]
+    if length is None:
+        length = _length(kind, network.config)
     return kind, {
         "task": _task(
             kind, labels=labels, null_threshold=threshold, chinese=chinese
         ),
         "model": network,
         "tokenizer": words,
-        "max_length": _length(kind, network.config)
-        if length is None
-        else length,
+        "max_length": length,
         "batch_size": 64 if size is None else size,
     }
+
+
+_ASKED = "finetune.json"  # in the folder of the model
+
+
+def _write_asked(folder: Path, task: Any, asked: dict[str, Any]) -> None:
+    """Keep what the other commands need to ask of a file as finetune did."""
+    import json
+
+    kept = {name: asked[name] for name in ("text", "pair", "label")}
+    kept["null_threshold"] = getattr(task, "null_threshold", None)
+    (folder / _ASKED).write_text(json.dumps(kept) + "\n", "utf-8")
+
+
+def _read_asked(folder: str, asked: dict[str, Any]) -> None:
+    """Take over what was kept, where the command line says nothing."""
+    from bertnb.configuration import read_json
+
+    if (file := Path(folder, _ASKED)).is_file():
+        for name, value in read_json(file).items():
+            if name in asked and asked[name] is None:
+                asked[name] = value
 
 
 @task_app.command("evaluate")
@@ -424,19 +483,22 @@ def _evaluate(
 ) -> None:
     """Score a fine-tuned model on examples whose answers are known.
 
+    Scores are from 0 to 1; those of questions are in percent, as SQuAD's.
+
     \b
     Example: how good is it on a file that it has not seen?
       bertnb evaluate reviews/ more-reviews.csv
     """
     from bertnb.tasks import evaluate
 
-    asked["label"] = asked["label"] or "label"
     kind, use = _trained(model, asked, chinese)
-    examples = _examples(file, split, kind, asked)
-    if kind == "questions":
-        threshold = _threshold(asked["null_threshold"], examples)
-        use["task"] = replace(use["task"], null_threshold=threshold)
-    scores = evaluate(examples=examples, **use)
+    asked["label"] = asked["label"] or "label"
+    with _adding(f"{file}, by {model}, which was trained for {kind}"):
+        examples = _examples(file, split, kind, asked)
+        if kind == "questions":
+            threshold = _threshold(asked["null_threshold"], examples)
+            use["task"] = replace(use["task"], null_threshold=threshold)
+        scores = evaluate(examples=examples, **use)
     show_facts({"task": kind, "examples": len(examples)} | scores, as_json)
 
 
@@ -466,8 +528,8 @@ def _predict(
     file: Annotated[
         str,
         typer.Argument(
-            help="Examples, as for finetune, labels are not looked at; or - "
-            "for standard input, a text a line.",
+            help="Examples, as for finetune, with or without labels; or - for "
+            "standard input, a text a line, also to find entities in.",
             show_default=False,
         ),
     ],
@@ -495,18 +557,16 @@ def _predict(
 
     from bertnb.tasks import predict
 
-    if output is not None and output.suffix not in (".csv", ".jsonl"):
-        raise typer.BadParameter(f"--output {output}: expected .csv or .jsonl")
+    check_output(output, ".csv", ".jsonl")
     kind, use = _trained(model, asked)
-    examples = _examples(file, split, kind, asked)
+    with _adding(f"{model} was trained for {kind}"):
+        examples = _examples(file, split, kind, asked)
     rows: list[dict[str, Any]] = []
     for start in tqdm(range(0, len(examples), 2048), "answering"):
         some = [_asked_only(e) for e in examples[start : start + 2048]]
-        try:
+        where = f"counted in the {len(some):,} examples from {start:,} on"
+        with _adding(where) if start else nullcontext():
             answers = predict(examples=some, **use)
-        except ValueError as error:
-            where = f"in the {len(some):,} examples from number {start:,} on"
-            raise ValueError(f"{where}: {error}" if start else error) from error
         for number, pair in enumerate(zip(some, answers, strict=True), start):
             rows += _row(kind, number, *pair)
     if output is not None:

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bertnb.configuration import locate, read_json
-from bertnb.folders import PretrainedModel
+from bertnb.configuration import read_json
+from bertnb.folders import PretrainedModel, config_file
 from bertnb.inference import evaluating, length_batches
 from bertnb.masked_lm import IGNORE
 from bertnb.optimization import SCHEDULES, autocast
@@ -222,16 +222,7 @@ def load_for_task(
     """
     torch.manual_seed(seed)
     asked = task.head_arguments()
-    saved = read_json(locate(path_or_hub_id, "config.json"))
-    head = _trained_head(task, saved)
-    if head is None:
-        head = asked | {"ignore": ("classifier.",)}
-        if task.model_class.__name__ in (saved.get("architectures") or ()):
-            warnings.warn(
-                f"{path_or_hub_id} has a head for other classes than the task: "
-                "a new one begins untrained",
-                stacklevel=2,
-            )
+    head = _head(task, path_or_hub_id)
     with warnings.catch_warnings():  # that a head is new is no news here
         warnings.filterwarnings("ignore", ".*they start untrained")
         model: Any = task.model_class.from_pretrained(path_or_hub_id, **head)
@@ -240,22 +231,43 @@ def load_for_task(
     return model, WordPieceTokenizer.from_pretrained(path_or_hub_id)
 
 
-def _trained_head(task: Task, saved: dict[str, Any]) -> dict[str, Any] | None:
-    """Return how to load the head that a `config.json` tells of; None: it is
-    for other classes, or of another kind of model."""
+def _head(task: Task, path_or_hub_id: str | Path) -> dict[str, Any]:
+    """Return how to load the task's head: as it was trained, or anew."""
     form, asked = task.model_class, task.head_arguments()
-    if form.__name__ not in (saved.get("architectures") or [form.__name__]):
-        return None if asked else {}
-    own = form.saved_head_arguments(saved)
-    if not asked or not own:
+    labels = asked.get("labels")
+    count = asked.get("num_labels") if labels is None else len(labels)
+    if count is None:
         return asked
-    numbers = range(own.get("num_labels") or 2)
-    names = own.get("labels") or [f"LABEL_{i}" for i in numbers]
-    if set(names) == set(asked.get("labels", ())):
-        return {"labels": names}
-    count = asked.get("num_labels") or len(asked["labels"])
+    saved = read_json(config_file(path_or_hub_id))
+    kinds = saved.get("architectures") or []
+    anew = asked | {"ignore": ("classifier.",)}
+    if kinds and not {kind.__name__ for kind in form.__mro__} & {*kinds}:
+        return anew
+    names = _trained_classes(form, saved, count if not kinds else 2)
+    if labels and sorted(names) == sorted(labels):
+        return asked | {"labels": names}
     nameless = all(name.startswith("LABEL_") for name in names)
-    return asked if len(names) == count and (nameless or count == 1) else None
+    if len(names) == count and (nameless or count == 1):
+        return asked
+    warnings.warn(
+        f"{path_or_hub_id} has a head for other classes than the task: a new "
+        "one begins untrained",
+        stacklevel=3,
+    )
+    return anew
+
+
+def _trained_classes(
+    form: type[PretrainedModel], saved: dict[str, Any], count: int
+) -> list[str]:
+    """Return what a `config.json` calls its classes, `count` where it does not
+    say; none where they are not learnt one a row."""
+    try:
+        own = form.saved_head_arguments(saved)
+    except ValueError:
+        return []
+    numbers = range(own.get("num_labels") or count)
+    return own.get("labels") or [f"LABEL_{i}" for i in numbers]
 
 
 def row_logits(

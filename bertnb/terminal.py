@@ -27,6 +27,7 @@ __all__ = [
     "ModelOption",
     "open_utf8",
     "read_lines",
+    "check_output",
     "load_model",
 ]
 
@@ -161,10 +162,31 @@ def read_lines(name: str) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not UTF-8 text.
+        ValueError: it is not UTF-8 text, or standard input is empty.
     """
     with open_utf8(name) as lines:
-        return [line.removesuffix("\n") for line in lines]
+        found = [line.removesuffix("\n") for line in lines]
+    if name == "-" and not found:
+        raise ValueError("standard input is empty: expected a text a line")
+    return found
+
+
+def check_output(path: Path | None, *endings: str) -> None:
+    """Refuse a file that cannot be written, before the work is done.
+
+    Raises:
+        typer.BadParameter: it ends otherwise, or its folder is not there or
+            may not be written to.
+    """
+    if path is None:
+        return
+    if path.suffix not in endings:
+        expected = " or ".join(endings)
+        raise typer.BadParameter(f"--output {path}: expected {expected}")
+    if not os.access(path.parent, os.W_OK):
+        raise typer.BadParameter(
+            f"--output {path}: {path.parent} is no folder that can be written to"
+        )
 
 
 def load_model(

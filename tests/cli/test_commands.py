@@ -635,6 +635,8 @@ def test_convert_changes_the_head(tmp_path: Path) -> None:
     body = bertnb.BertModel.from_pretrained(tmp_path / "too")
     table = body.embeddings.word_embeddings.weight
     assert torch.equal(table, saved["bert.embeddings.word_embeddings.weight"])
+    settings = (tmp_path / "body" / "tokenizer_config.json").read_text()
+    assert json.loads(settings)["model_max_length"] == 128
     vocabulary = (tmp_path / "body" / "vocab.txt").read_text()
     assert vocabulary == (folder / "vocab.txt").read_text()
 
@@ -654,6 +656,12 @@ def test_embed_writes_the_file_that_it_names(tmp_path: Path) -> None:
     done = run("embed", tmp_path / "a.txt", "--output", tmp_path / "vec")
     assert done.exit_code == 2
     assert "expected .npy" in " ".join(done.stderr.split())
+    done = run("embed", "-", "--output", tmp_path / "a.npy", input="")
+    assert done.exit_code == 1
+    assert "standard input is empty" in done.stderr
+    done = run("embed", "-", "--output", tmp_path / "no" / "a.npy", input="a")
+    assert done.exit_code == 2
+    assert "is no folder" in " ".join(done.stderr.split())
 
 
 def tensorflow_name(name: str) -> str:

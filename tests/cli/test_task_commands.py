@@ -408,6 +408,12 @@ def test_the_exit_code_says_how_a_run_ended(
     ("arguments", "code", "said"),
     [
         ("finetune nowhere.csv --output m", 1, "nowhere.csv"),
+        ("finetune sst --output m", 1, "sets are sst2, "),
+        ("finetune {p}/REVIEWS.CSV --output m --label a", 1, "no column 'a'"),
+        ("finetune {p}/words.tsv --output m", 1, "--task says otherwise"),
+        ("predict {c} {p}/tags.conll", 1, "trained for classification"),
+        ("evaluate {c} {p}/many.csv", 1, "many.csv, by"),
+        ("predict {c} - --output no/a.csv", 2, "no is no folder"),
         ("finetune {p}/reviews.csv", 2, "--output"),
         ("finetune {p}/reviews.csv --output m --text a", 1, "no column 'a'"),
         ("finetune {p}/reviews.csv --output m --task tokens", 1, "csv:2: "),
@@ -428,7 +434,6 @@ def test_the_exit_code_says_how_a_run_ended(
         ("predict {c} - --output a.txt", 2, "expected .csv or .jsonl"),
         ("predict {c} - --batch-size 0", 1, "batch_size=0"),
         ("predict {c} - --max-length 0", 1, "max_length=0"),
-        ("predict {c} - --device cuda", 1, "device='cuda'"),
         ("answer q --context - --model {c}", 1, "not for questions"),
         ("answer q --context -", 2, "--model"),
     ],
@@ -445,6 +450,8 @@ def test_a_wrong_call_is_one_line_and_a_code(
     monkeypatch.chdir(tmp_path)
     names = [(f"text {i}", f"label {i}") for i in range(6)]
     write_rows(place / "many.csv", names, "text", "label")
+    write_rows(place / "REVIEWS.CSV", ROWS, "text", "label")
+    (place / "words.tsv").write_text(TAGS.replace(" ", "\t"))
     write_rows(place / "one.csv", [("a", "x"), ("b", "x")], "text", "label")
     call = arguments.format(p=place, c=classifier).split()
     done = run(*call, input="a line\n")
@@ -466,7 +473,6 @@ def test_evaluate_scores_no_answer_as_finetune_did(
     file.write_text(json.dumps(whole))
     base = "--model", place / "tiny", "--output", tmp_path / "m", *QUICK
     learnt = told("finetune", file, *base, "--validation", file)
-    assert learnt["next"].endswith("--null-threshold 0")
     call = "evaluate", tmp_path / "m", file, "--max-length", "32"
     names = "exact_match", "f1"
     zero = told(*call, "--null-threshold", "0")
@@ -474,8 +480,12 @@ def test_evaluate_scores_no_answer_as_finetune_did(
     assert [zero[n] for n in names] == [learnt[n] for n in names]
     # never "no answer": what was answered with "" is wrong now
     never = told(*call, "--null-threshold", "1e9")
-    rows = told("predict", tmp_path / "m", file)["rows"]
-    assert all(row["answer"] for row in rows)
+    base = "predict", tmp_path / "m", file
+    kept, same = told(*base), told(*base, "--null-threshold", "0")
+    assert kept == same  # it is kept beside the model
+    (tmp_path / "m" / "finetune.json").unlink()
+    assert told(*call) == zero  # seen in the file
+    assert all(row["answer"] for row in told(*base)["rows"])
     assert never["exact_match"] <= zero["exact_match"]
 
 
@@ -501,4 +511,63 @@ def test_predict_says_which_examples_it_was_at(
     file.write_text(json.dumps(whole))
     done = run("predict", tmp_path / "m", file)
     assert done.exit_code == 1
-    assert "in the 7 examples from number 2,048 on: example 2:" in done.stderr
+    assert ": example 2: the question" in done.stderr
+    assert "(counted in the 7 examples from 2,048 on)" in done.stderr
+
+
+def test_no_answer_in_the_scored_file_counts_too() -> None:
+    known = bertnb.QuestionExample("a?", "a b", (bertnb.Answer("a", 0),))
+    none = bertnb.QuestionExample("c?", "a b", ())
+    task = task_commands._task("questions", [known], [none])
+    assert task.null_threshold == 0
+
+
+def test_a_model_remembers_its_columns(place: Path, tmp_path: Path) -> None:
+    folder, file = tmp_path / "m", place / "pairs.csv"
+    names = "--text", "first", "--pair", "second"
+    told(
+        "finetune",
+        file,
+        "--model",
+        place / "tiny",
+        "--output",
+        folder,
+        *names,
+        "--label",
+        "score",
+        *QUICK,
+    )
+    rows = told("predict", folder, file)["rows"]
+    assert rows == told("predict", folder, file, *names)["rows"]
+    scores = told("evaluate", folder, file)
+    assert scores == told("evaluate", folder, file, *names, "--label", "score")
+    other = tmp_path / "other.csv"
+    other.write_text(file.read_text().replace("first", "one"))
+    assert told("predict", folder, other, "--text", "one")["rows"] == rows
+    done = run("predict", folder, "-", input="a line\n")
+    assert done.exit_code == 1
+    assert "questions and pairs are read from a file" in done.stderr
+
+
+def test_a_tagger_reads_plain_lines(place: Path, tmp_path: Path) -> None:
+    base = "--model", place / "tiny", "--output", tmp_path / "m", *QUICK
+    told("finetune", place / "tags.conll", *base, "--epochs", "20")
+    found = told("predict", tmp_path / "m", "-", input="Ann saw, Bonn.\n\n")
+    file = tmp_path / "words.txt"
+    file.write_text("Ann\nsaw\n,\nBonn\n.\n")
+    assert found["rows"] == told("predict", tmp_path / "m", file)["rows"]
+    assert found["rows"][0]["text"] == "Ann"
+
+
+def test_cuda_where_there_is_none(
+    classifier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = run("predict", classifier, "-", "--device", "cuda", input="a\n")
+    assert done.exit_code == 1
+    assert "error: device='cuda': PyTorch sees no CUDA" in done.stderr
+
+
+def test_the_help_names_every_set() -> None:
+    told = " ".join(run("finetune", "--help").stdout.split())
+    assert ", ".join(bertnb.NAMED_SETS) in told

@@ -831,3 +831,26 @@ def test_a_config_json_changed_by_hand_is_taken(folder):
     change_config(folder, hidden_act="relu")
     model = BertForPreTraining.from_pretrained(folder)
     assert model.config.hidden_act == "relu"
+
+
+@pytest.mark.parametrize("name", ["reviews/", "./reviews", "../a", "~/model"])
+def test_a_path_is_no_name_on_the_hub(name, monkeypatch):
+    def ask(*_, **__):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", ask)
+    with pytest.raises(FileNotFoundError, match=f"'{name}' is not a folder$"):
+        BertModel.from_pretrained(name)
+
+
+def test_whoever_may_read_the_configuration_may_read_the_weights(tmp_path):
+    small = BertConfig(
+        vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1
+    )
+    before = os.umask(0o027)
+    try:
+        BertModel(small).save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    assert modes == {0o640}

@@ -5,8 +5,10 @@ With dropout on, so that the random numbers must go on, too.
 
 import json
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 import torch
@@ -233,8 +235,8 @@ def test_other_rows_metrics_and_models_are_refused(config):
     tune(config)
     changed = [TextExample("good", 0.5), *EXAMPLES[1:20]]
     for task, what in (
-        (replace(TASK, training=changed), "digests of the rows was"),
-        (replace(TASK, validation=EXAMPLES[:20]), "digests of the rows was"),
+        (replace(TASK, training=changed), "digest of training was"),
+        (replace(TASK, validation=EXAMPLES[:20]), "digest of validation was"),
         (replace(TASK, metric="pearson"), "metric was 'spearman' and is"),
     ):
         with pytest.raises(BertnbError, match=what):
@@ -380,5 +382,81 @@ def test_class_weights_are_a_setting(config):
 def test_the_checkpoints_of_another_kind_of_run_are_refused(config):
     folder = Path(config.output_dir, "checkpoints")
     Checkpoints(folder, 1).save(3, {"model": new().state_dict()})
-    with pytest.raises(BertnbError, match="another kind of run: choose"):
+    with pytest.raises(
+        BertnbError, match="another kind of run, or of an older"
+    ):
         tune(config)
+
+
+def test_a_better_model_without_its_checkpoint(config, monkeypatch, tmp_path):
+    """Killed between the two, in the folder that the model came from."""
+    expected = whole(config)
+    folder = Path(config.output_dir)
+    save = Checkpoints.save
+    count = iter(range(9))
+
+    def full(*arguments):
+        if next(count) == 2:
+            raise OSError("no space left on device")
+        save(*arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    bare = replace(TASK, validation=())  # every evaluation writes the model
+    with pytest.raises(OSError, match="no space left"):
+        tune(config, bare)
+    monkeypatch.setattr(Checkpoints, "save", save)
+    written, _ = load_for_task(bare, folder)
+    assert not same(written, new())
+    result = tune(config, bare, written)
+    assert same(result.model, expected.model) == (expected.best["step"] == 20)
+    assert same(
+        result.model, tune(replace(config, output_dir=None), bare).model
+    )
+
+
+@dataclass(frozen=True)
+class Settled(SequenceRegression):
+    """A task with settings of all kinds."""
+
+    weights: Any = None
+    extra: Any = ()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "differ"),
+    [
+        (MappingProxyType({"a": 1.0}), MappingProxyType({"a": 9.0}), True),
+        (MappingProxyType({"a": 1.0}), {"a": 1.0}, False),
+        ({(1, 2): 3}, {(1, 2): 4}, False),  # no JSON: not compared
+        (len, max, False),
+        (["x"] * 3000, ["x"] * 3000, False),
+        (["x"] * 3000, ["x"] * 2999 + ["y"], True),
+    ],
+)
+def test_settings_of_all_kinds(config, before, now, differ):
+    first = Settled(EXAMPLES[:20], EXAMPLES[20:], weights=before)
+    tune(config, first)
+    assert checkpoint(config).stat().st_size < 200_000
+    if not differ:
+        tune(config, replace(first, weights=now))
+        return
+    with pytest.raises(BertnbError, match=r"task\.weights was"):
+        tune(config, replace(first, weights=now))
+
+
+def test_a_model_that_no_run_has_written_is_kept(config):
+    folder = Path(config.output_dir)
+    torch.manual_seed(5)
+    mine = BertForSequenceClassification(TINY, num_labels=1)
+    mine.save_pretrained(folder)
+    with pytest.raises(BertnbError, match="would be overwritten: choose"):
+        tune(config)
+    kept = BertForSequenceClassification.from_pretrained(folder)
+    assert same(kept, mine)
+    # not so after a run in it, with or without its file .lock
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+    expected = tune(config)
+    assert same(tune(config).model, expected.model)
+    (folder / ".lock").unlink()
+    assert same(tune(config).model, expected.model)

@@ -363,6 +363,8 @@ def test_without_scikit_learn_the_accuracy_is_still_there(monkeypatch):
         SequenceClassification(labels=LABELS, metric="matthews").score(
             some, found
         )
+    with pytest.raises(BertnbError, match=r"bertnb\[train\]"):
+        SequenceClassification(some, some, metric="macro_f1")
 
 
 def test_class_weights_reach_the_model_and_leave_it():

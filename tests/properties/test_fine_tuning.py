@@ -1,6 +1,8 @@
 """What must hold of batches, answers and runs, whatever the task."""
 
+import json
 import random
+import shutil
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from statistics import fmean, stdev
@@ -426,7 +428,7 @@ def after(steps, config=CONFIG):
     ("scores", "best"),
     [
         ((0.9, 0.5, 0.4, 0.3), 3),
-        ((0.1, 0.7, 0.7, 0.2), 6),  # the first of equal ones
+        ((0.1, 0.7, 0.7, 0.2), 9),  # the last of equal ones
         ((0.1, 0.2, 0.3, 0.4), 12),
     ],
 )
@@ -456,7 +458,7 @@ def test_patience_ends_a_run_that_gets_no_better():
     result = tune(told(*scores), config)
     assert result.stopped == "patience"
     assert [r["step"] for r in result.records] == [3, 6, 9, 12]
-    assert same(result.model, after(6, config))
+    assert same(result.model, after(12, config))  # the last of equal ones
     result = tune(told(*scores), replace(config, patience=3))
     assert (result.stopped, result.best["step"]) == (None, 15)
 
@@ -751,3 +753,71 @@ def test_where_an_example_is_bad_is_said():
     unknown = [*TASK.validation, TextExample("good", "?")]
     with pytest.raises(ValueError, match="validation: example 10 has the"):
         tune(replace(TASK, validation=unknown))
+
+
+def test_the_head_of_a_save_that_was_killed(tmp_path):
+    """The configuration that belongs to the weights counts, not the one left."""
+    model = saved_with(["-", "+"], tmp_path)
+    saved_with(["a", "b"], tmp_path / "old")
+    (tmp_path / "config.json").rename(tmp_path / "config.json.tmp")
+    for left in (False, True):
+        if left:
+            shutil.copy(tmp_path / "old" / "config.json", tmp_path)
+        found, _ = load_for_task(TASK, tmp_path)
+        assert found.label_names == ["+", "-"]
+        turned = found.classifier.weight.flip(0)
+        assert torch.equal(turned, model.classifier.weight)
+
+
+def edited(folder, **changes):
+    """Change the configuration of a saved model; None takes an entry out."""
+    file = folder / "config.json"
+    whole = json.loads(file.read_text()) | changes
+    file.write_text(
+        json.dumps({k: v for k, v in whole.items() if v is not None})
+    )
+
+
+def test_a_head_in_a_configuration_that_says_less(tmp_path):
+    model = saved_with(["a", "b"], tmp_path)
+    edited(tmp_path, architectures=None)
+    with pytest.warns(UserWarning, match="a head for other classes"):
+        load_for_task(TASK, tmp_path)
+    edited(tmp_path, id2label=None)  # nothing is known of it
+    assert same(load_for_task(TASK, tmp_path)[0], model)
+    edited(tmp_path, id2label={"0": 0, "1": None})
+    with pytest.warns(UserWarning, match="a head for other classes"):
+        load_for_task(TASK, tmp_path)
+    saved_with(["x", "y", "x"], tmp_path)  # one of them twice
+    with pytest.warns(UserWarning, match="a head for other classes"):
+        load_for_task(SequenceClassification(labels=["x", "y"]), tmp_path)
+    saved_with(["+", "-"], tmp_path)
+    edited(tmp_path, problem_type="multi_label_classification")
+    with pytest.warns(UserWarning, match="a head for other classes"):
+        load_for_task(TASK, tmp_path)
+
+
+def test_a_head_of_ones_own(tmp_path):
+    class Deep(BertForSequenceClassification):
+        def __init__(self, config, num_labels=None, labels=None, depth=1):
+            super().__init__(config, num_labels, labels)
+            self.depth = depth
+
+    @dataclass(frozen=True)
+    class Mine(SequenceClassification):
+        model_class = Deep
+
+        def head_arguments(self):
+            return super().head_arguments() | {"depth": 3}
+
+    model = saved_with(["-", "+"], tmp_path)  # of the class that it extends
+    found, _ = load_for_task(Mine(labels=["+", "-"]), tmp_path)
+    assert found.depth == 3
+    assert torch.equal(found.classifier.weight.flip(0), model.classifier.weight)
+
+
+def test_class_weights_go_with_their_classes():
+    model = BertForSequenceClassification(TINY, labels=["a", "b"])
+    model.class_weights = torch.tensor([1.0, 9.0])
+    model.order_labels(["b", "a"])
+    assert model.class_weights.tolist() == [9.0, 1.0]

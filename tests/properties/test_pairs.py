@@ -82,6 +82,10 @@ def test_without_scipy_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
     with pytest.raises(BertnbError, match=r"bertnb\[train\]"):
         correlations([1.0, 2.0], [1.0, 2.0])
+    some = [TextExample("a", 1.0), TextExample("b", 2.0)]
+    SequenceRegression(some)  # to predict with
+    with pytest.raises(BertnbError, match=r"bertnb\[train\]"):
+        SequenceRegression(some, some)
 
 
 @pytest.mark.equation("18.2")
