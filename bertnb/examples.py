@@ -253,12 +253,11 @@ def _table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 )
             continue
         if len(fields) != len(header):
-            comma = _kind(path) == ".csv" and len(fields) > len(header)
+            more = _kind(path) == ".csv" and len(fields) > len(header)
+            hint = "; a field with a comma needs quotes around it" * more
             raise BertnbError(
                 f"{path}:{number}: {len(fields)} fields, but {len(header)} "
-                f"columns, {', '.join(header)}"
-                + "; a field with a comma needs quotes around it"
-                * comma
+                f"columns, {', '.join(header)}{hint}"
             )
         yield number, dict(zip(header, fields, strict=True))
 

@@ -444,10 +444,8 @@ def _go_on(run: FineTuningRun, stop: StopRequest, progress: bool) -> str | None:
             if due:
                 run.evaluate(time.perf_counter() - clock)
                 clock = time.perf_counter()
-                score = run.records[-1].get(run.task.metric)
-                bar.set_postfix(
-                    {} if score is None else {run.task.metric: score}
-                )
+                if (metric := run.task.metric) in run.records[-1]:
+                    bar.set_postfix({metric: run.records[-1][metric]})
                 run.save()
                 if patience is not None and run.waited >= patience:
                     return "patience"
