@@ -788,6 +788,10 @@ def test_a_head_in_a_configuration_that_says_less(tmp_path):
     edited(tmp_path, id2label={"0": 0, "1": None})
     with pytest.warns(UserWarning, match="a head for other classes"):
         load_for_task(TASK, tmp_path)
+    three = saved_with(["a", "b", "c"], tmp_path)
+    edited(tmp_path, architectures=None, id2label=None)
+    task = SequenceClassification(labels=["x", "y", "z"])
+    assert same(load_for_task(task, tmp_path)[0], three)
     saved_with(["x", "y", "x"], tmp_path)  # one of them twice
     with pytest.warns(UserWarning, match="a head for other classes"):
         load_for_task(SequenceClassification(labels=["x", "y"]), tmp_path)
