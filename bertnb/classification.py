@@ -7,16 +7,17 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bertnb.configuration import BertConfig, BertnbError
+from bertnb.configuration import BertConfig, BertnbError, read_json
 from bertnb.encoder import BertModel
 from bertnb.examples import TextExample
-from bertnb.folders import PretrainedModel
+from bertnb.folders import PretrainedModel, config_file, read_weights
 from bertnb.layers import initialize
 from bertnb.masked_lm import mean_cross_entropy
 from bertnb.packing import encode_packed, worth_packing
@@ -118,6 +119,9 @@ class ClassifierOutput:
     losses: dict[str, Tensor] | None = None  # the loss under "labels"
 
 
+_Classifier = TypeVar("_Classifier", bound="BertClassifier")
+
+
 class BertClassifier(PretrainedModel, ABC):
     """An encoder, dropout and a linear head that scores named classes.
 
@@ -191,6 +195,63 @@ class BertClassifier(PretrainedModel, ABC):
             },
             "label2id": {name: i for i, name in enumerate(self.label_names)},
         }
+
+    @classmethod
+    def for_classes(
+        cls: type[_Classifier],
+        path_or_hub_id: str | Path,
+        num_labels: int | None = None,
+        labels: list[str] | None = None,
+        **others: Any,
+    ) -> _Classifier:
+        """Build a model for these classes, trained as far as they were learnt.
+
+        The classes of a trained head are found by their names, in whatever
+        order the checkpoint has them; names such as LABEL_0 say nothing, and
+        become the new ones. Without a head, or with one for other classes (a
+        warning says so), it begins untrained.
+        """
+        if not labels and num_labels is None:  # whatever it has
+            return cls.from_pretrained(path_or_hub_id, **others)
+        names = cls._trained_classes(path_or_hub_id)
+        if labels and names and sorted(names) == sorted(labels):
+            model = cls.from_pretrained(path_or_hub_id, labels=names, **others)
+            model.order_labels(labels)
+            return model
+        count = len(labels) if labels else num_labels
+        plain = all(name.startswith("LABEL_") for name in names or ())
+        fits = len(names or ()) == count and (plain or count == 1)
+        if names is not None and not fits:
+            warnings.warn(
+                f"{path_or_hub_id} has a head for other classes: a new one "
+                "begins untrained",
+                stacklevel=3,
+            )
+        return cls.from_pretrained(
+            path_or_hub_id,
+            ignore=() if fits else ("classifier.",),
+            num_labels=num_labels,
+            labels=labels,
+            **others,
+        )
+
+    @classmethod
+    def _trained_classes(cls, path_or_hub_id: str | Path) -> list[str] | None:
+        """Return the names of a checkpoint's classes, [] where they are not
+        learnt one a row; None: it is another kind of model."""
+        saved = read_json(config_file(path_or_hub_id))
+        kinds = saved.get("architectures") or ()
+        if kinds and not {kind.__name__ for kind in cls.__mro__} & {*kinds}:
+            return None
+        try:
+            own = cls.saved_head_arguments(saved)
+        except ValueError:
+            return []
+        count = own.get("num_labels") or 2
+        if not kinds and not any(own.values()):  # only the weights know
+            weights = read_weights(path_or_hub_id)[0]
+            count = len(weights.get("classifier.weight", range(2)))
+        return own.get("labels") or [f"LABEL_{i}" for i in range(count)]
 
     def order_labels(self, labels: Sequence[str]) -> None:
         """Put the classes into another order, each with its weights.
@@ -339,22 +400,15 @@ METRICS = ("accuracy", "macro_f1", "matthews")
 
 def _other_score(name: str, truth: list[str], answers: list[str]) -> float:
     """Return the macro F1, (17.6), or Matthews' correlation, (17.7)."""
-    metrics = _sklearn_metrics(name)
-    if name == "macro_f1":
-        return float(
-            metrics.f1_score(truth, answers, average="macro", zero_division=0)
-        )
-    return float(metrics.matthews_corrcoef(truth, answers))
-
-
-def _sklearn_metrics(name: str) -> Any:
     try:
-        import sklearn.metrics
+        from sklearn.metrics import f1_score, matthews_corrcoef
     except ImportError as error:
         raise BertnbError(
             f'metric={name!r} needs scikit-learn: pip install "bertnb[train]"'
         ) from error
-    return sklearn.metrics
+    if name == "macro_f1":
+        return float(f1_score(truth, answers, average="macro", zero_division=0))
+    return float(matthews_corrcoef(truth, answers))
 
 
 @dataclass(frozen=True)
@@ -394,7 +448,8 @@ class SequenceClassification(Task):
                 f"metric={self.metric!r}: expected one of {', '.join(METRICS)}"
             )
         if self.metric != "accuracy" and len(self.validation):
-            _sklearn_metrics(self.metric)  # else missed when an epoch is over
+            # that scikit-learn is missing should not be news after an epoch
+            _other_score(self.metric, ["a", "b"], ["a", "b"])
         for number, example in enumerate(self.training):
             if not isinstance(example.label, str | None):
                 raise TypeError(
@@ -506,9 +561,9 @@ class SequenceClassification(Task):
 
 def check_finite(row: Row, scores: Tensor) -> None:
     """Raise a ValueError that names the example whose scores are not finite."""
-    broken = scores[~scores.isfinite()].tolist()
-    if broken:
+    if not scores.isfinite().all():
         raise ValueError(
-            f"example {row.example}: the model gives a score of {broken[0]}: "
-            "its weights are broken, or its precision is too low"
+            f"example {row.example}: the model gives a score of "
+            f"{scores[~scores.isfinite()][0].item()}: its weights are broken, or "
+            "its precision is too low"
         )

@@ -503,7 +503,8 @@ def _convert(
     """
     import bertnb
     from bertnb.checkpoints import from_tf_checkpoint
-    from bertnb.configuration import BertnbError, locate, read_json
+    from bertnb.configuration import BertnbError, read_json
+    from bertnb.folders import config_file
     from bertnb.tokenization import WordPieceTokenizer
 
     folder, name = source, model_class or "BertForPreTraining"
@@ -511,7 +512,7 @@ def _convert(
         model = from_tf_checkpoint(getattr(bertnb, name), source)
         folder = source if Path(source).is_dir() else str(Path(source).parent)
     else:
-        saved = read_json(locate(source, "config.json")).get("architectures")
+        saved = read_json(config_file(source)).get("architectures")
         if model_class is None and saved:
             name = saved[0]
         if name not in get_args(_Class):

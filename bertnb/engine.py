@@ -322,8 +322,9 @@ def pretrain(config: PretrainConfig, progress: bool = True) -> PretrainResult:
         progress: show a bar on standard error.
 
     Raises:
-        BertnbError: `output_dir` holds a run of another configuration, or
-            another process writes to it; the memory of the GPU is too small.
+        BertnbError: `output_dir` holds a run of another configuration, or a
+            model of none, or another process writes to it; the memory of the
+            GPU is too small.
         FloatingPointError: the loss is not finite any more.
         ValueError: the corpus or the tokenizer does not fit the configuration.
     """

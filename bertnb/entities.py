@@ -16,7 +16,7 @@ from bertnb.classification import BertClassifier, check_finite
 from bertnb.examples import TokenExample, to_iob2
 from bertnb.masked_lm import IGNORE, mean_cross_entropy
 from bertnb.tasks import Row, Task
-from bertnb.tokenization import WordPieceTokenizer
+from bertnb.tokenization import WordPieceTokenizer, is_chinese
 
 __all__ = [
     "spans",
@@ -318,13 +318,18 @@ class TokenClassification(Task):
 def _entities(
     words: Sequence[str], tags: Sequence[str], probabilities: Sequence[float]
 ) -> list[dict[str, Any]]:
-    characters = all(len(word) < 2 for word in words)  # Chinese
+    characters = all(len(word) < 2 for word in words)
+
+    def joined(part: Sequence[str]) -> str:
+        chinese = all(is_chinese(c) for word in part for c in word)
+        return ("" if characters or chinese else " ").join(part)
+
     return [
         {
             "type": kind,
             "start": start,
             "end": end,
-            "text": ("" if characters else " ").join(words[start:end]),
+            "text": joined(words[start:end]),
             "score": fmean(probabilities[start:end]),  # (19.5)
         }
         for kind, start, end in spans(tags)

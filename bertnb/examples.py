@@ -168,8 +168,7 @@ class QuestionExample:
     def __post_init__(self) -> None:
         _check_text("question", self.question)
         _check_text("context", self.context)
-        for answer in self.answers or ():
-            text, start = answer.text, answer.start
+        for text, start in ((a.text, a.start) for a in self.answers or ()):
             if not text or not 0 <= start == self.context.find(text, start):
                 found = self.context.find(text) if text else -1
                 hint = f"it is at {found}" if found >= 0 else "it is nowhere"
@@ -254,10 +253,11 @@ def _table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             continue
         if len(fields) != len(header):
             more = _kind(path) == ".csv" and len(fields) > len(header)
-            hint = "; a field with a comma needs quotes around it" * more
             raise BertnbError(
                 f"{path}:{number}: {len(fields)} fields, but {len(header)} "
-                f"columns, {', '.join(header)}{hint}"
+                f"columns, {', '.join(header)}"
+                + "; a field with a comma needs quotes"
+                * more
             )
         yield number, dict(zip(header, fields, strict=True))
 
@@ -287,8 +287,10 @@ def _label(value: object, numbers: bool) -> str | float:
             return float(name)
     if not numbers and name and type(value) in (str, int):
         return name
-    what = "a number" if numbers else "the name of a class"
-    raise ValueError(f"label {value!r}: expected {what}")
+    raise ValueError(
+        f"label {value!r}: expected "
+        + ("a number" if numbers else "the name of a class")
+    )
 
 
 def _some(examples: list[Any], path: Path) -> list[Any]:
@@ -322,22 +324,24 @@ def read_texts(
     path, examples = Path(path), []
     if _kind(path) not in (".csv", ".tsv", ".jsonl"):
         raise ValueError(f"path={str(path)!r}: expected .csv, .tsv or .jsonl")
-    rows = _objects(path) if _kind(path) == ".jsonl" else _table(path)
-    for number, row in rows:
+    for number, row in (
+        _objects(path) if _kind(path) == ".jsonl" else _table(path)
+    ):
         with _at(f"{path}:{number}"):
             for column in (text, label, text_pair):
                 if column is not None and column not in row:
                     raise ValueError(
                         f"no column {column!r}; there are {', '.join(row)}"
                     )
-            example = TextExample(
-                row[text],
-                None if label is None else _label(row[label], numbers),
-                None if text_pair is None else row[text_pair],
+            examples.append(
+                TextExample(
+                    row[text],
+                    None if label is None else _label(row[label], numbers),
+                    None if text_pair is None else row[text_pair],
+                )
             )
-            if not example.text.strip():
+            if not row[text].strip():
                 raise ValueError(f"column {text!r} holds no text")
-        examples.append(example)
     return _some(examples, path)
 
 
@@ -410,8 +414,8 @@ def span_tags(text: str, label: dict[str, Any], where: str) -> tuple[str, ...]:
                 stacklevel=1,
             )
         else:
-            inside = [f"I-{kind}"] * (last - first)
-            tags[first : last + 1] = [f"B-{kind}", *inside]
+            tags[first] = f"B-{kind}"
+            tags[first + 1 : last + 1] = [f"I-{kind}"] * (last - first)
     return tuple(tags)
 
 

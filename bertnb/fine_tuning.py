@@ -8,8 +8,8 @@ import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from bertnb.agreement import ReadTwice
 from bertnb.configuration import BertnbError
-from bertnb.folders import PretrainedModel
+from bertnb.folders import PretrainedModel, hf_name, read_weights
 from bertnb.optimization import (
     SCHEDULES,
     Step,
@@ -30,7 +30,15 @@ from bertnb.optimization import (
     train,
 )
 from bertnb.recipe import run_facts
-from bertnb.runs import Checkpoints, StopRequest, locked, refuse_changes
+from bertnb.runs import (
+    Checkpoints,
+    StopRequest,
+    as_json,
+    locked,
+    refuse_changes,
+    settings_of,
+    weights_digest,
+)
 from bertnb.tasks import (
     FineTuneConfig,
     Row,
@@ -39,6 +47,7 @@ from bertnb.tasks import (
     check_fit,
     dropping,
     freezing,
+    labelled_rows,
     layer_depth,
     load_for_task,
     row_logits,
@@ -82,7 +91,7 @@ class FineTuningRun:
         )
         half = self.precision == torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
-        rows, self.held = _labelled_rows(task, tokenizer, config.max_length)
+        rows, self.held = labelled_rows(task, tokenizer, config.max_length)
         self.batches = Shuffled(
             rows,
             config.batch_size,
@@ -101,7 +110,7 @@ class FineTuningRun:
             self.batches.per_epoch, self.total // 10
         )
         self.digest = _digest(rows), _digest(self.held)
-        self.began = _weights_digest(model.state_dict())
+        self.began = weights_digest(_named(model.state_dict()))
         self.bound = self._bound()
         self.facts = run_facts(config) | {"task": type(task).__name__}
         self.facts |= {"rows": len(rows), "steps": self.total}
@@ -191,9 +200,8 @@ class FineTuningRun:
                 self.tokenizer.save_pretrained(config.output_dir, limit)
 
     def _scores(self) -> list[float]:
-        if not self.held:  # nothing says which is better
-            return [0.0] * len(self.records)
-        return [record[self.task.metric] for record in self.records]
+        # without validation nothing says which is better
+        return [record.get(self.task.metric, 0.0) for record in self.records]
 
     @property
     def best_place(self) -> int:
@@ -242,12 +250,12 @@ class FineTuningRun:
             "digest of training": self.digest[0],
             "digest of validation": self.digest[1],
             "head": self.task.head_arguments(),
-            "metric": self.task.metric,
+            "task.metric": self.task.metric,
             "model": asdict(self.model.config),
         }
         kept = {k: v for k, v in values.items() if k not in free}
-        # as it comes back from there
-        return dict(json.loads(json.dumps(kept))) | _settings(self.task)
+        settings = settings_of(self.task, ("training", "validation"))
+        return as_json(kept) | {f"task.{k}": v for k, v in settings.items()}
 
     def resume(self) -> None:
         """Take over the checkpoint in the folder, if there is one.
@@ -288,12 +296,11 @@ class FineTuningRun:
                 "older version: choose another output_dir"
             )
         refuse_changes(json.loads(state["bound"]), self.bound, str(folder))
-        known = (_weights_digest(state[name]) for name in ("model", "best"))
-        if self.began in (state["began"], *known):
-            return
-        # a run that was killed has written a better model, and no checkpoint
-        written = type(self.model).from_pretrained(str(folder))
-        if self.began != _weights_digest(written.state_dict()):
+        known = [_named(state["model"]), _named(state["best"])]
+        with suppress(FileNotFoundError):
+            # killed between the two, it has written a model and no checkpoint
+            known.append(read_weights(str(folder))[0])
+        if self.began not in (state["began"], *map(weights_digest, known)):
             raise BertnbError(
                 f"{folder} holds a run that began with other weights than "
                 "`model` has: load the model that it began with, or choose "
@@ -301,55 +308,9 @@ class FineTuningRun:
             )
 
 
-def _labelled_rows(
-    task: Task, tokenizer: WordPieceTokenizer, max_length: int
-) -> list[list[Row]]:
-    """Return the rows of training and of validation, all with their truth."""
-    if not len(task.training):
-        raise ValueError("the task has no training examples: give `training`")
-    found = []
-    for part in ("training", "validation"):
-        try:
-            rows = task.rows(getattr(task, part), tokenizer, max_length)
-        except ValueError as error:
-            raise ValueError(f"{part}: {error}") from error
-        without = sorted({row.example for row in rows if not row.targets})
-        if without:
-            raise ValueError(
-                f"{part} example {without[0]} has no label, {len(without)} in "
-                "all have none: give them one, or leave them out"
-            )
-        found.append(rows)
-    return found
-
-
-def _settings(task: Task) -> dict[str, Any]:
-    """Return what a task was given besides its examples, as JSON holds it: of
-    anything else the type, and of what is long a digest."""
-    names: set[str] = set()
-    if is_dataclass(task):
-        names = {f.name for f in fields(task)} - {"training", "validation"}
-    found: dict[str, Any] = {}
-    for name in names:
-        value = getattr(task, name)
-        text = json.dumps(value, skipkeys=True, default=_plain)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        long = len(text) > 2000
-        found[f"task.{name}"] = digest if long else json.loads(text)
-    return found
-
-
-def _plain(value: Any) -> Any:
-    return dict(value) if isinstance(value, Mapping) else type(value).__name__
-
-
-def _weights_digest(weights: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(name.encode())
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _named(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights under the names that they have in a file."""
+    return {hf_name(name): tensor for name, tensor in state.items()}
 
 
 def _digest(rows: Sequence[Row]) -> str:
@@ -398,8 +359,8 @@ def fine_tune(
         progress: show a bar on standard error.
 
     Raises:
-        BertnbError: `output_dir` holds another run, or another process
-            writes to it.
+        BertnbError: `output_dir` holds another run, or a model of none, or
+            another process writes to it.
         FloatingPointError: the loss is not finite any more; the model has
             the weights before that step, the folder the best.
         TypeError: `model` is not of the task's class.

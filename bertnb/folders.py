@@ -369,6 +369,13 @@ class PretrainedModel(nn.Module):
         return model.eval()
 
     @classmethod
+    def for_classes(
+        cls: type[_Model], path_or_hub_id: str | Path, **head_arguments: Any
+    ) -> _Model:
+        """Build a model with this head; one with named classes overrides it."""
+        return cls.from_pretrained(path_or_hub_id, **head_arguments)
+
+    @classmethod
     def saved_head_arguments(cls, saved: dict[str, Any]) -> dict[str, Any]:
         """Return the head's arguments that a `config.json` holds, if any."""
         return {}

@@ -3,6 +3,8 @@
 Written by tools/extract.py from notebooks/16_named_sets.md: edit that notebook, not this file.
 """
 
+import gzip
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,7 +26,7 @@ from bertnb.examples import (
     to_iob2,
 )
 
-__all__ = ["NAMED_SETS", "load_examples"]
+__all__ = ["NAMED_SETS", "load_examples", "guess_kind", "read_examples"]
 
 
 # %% The code
@@ -327,3 +329,89 @@ def _from_hub(name: str, found: _Set, split: str) -> list[Any]:
                 f"{hub}, {split}, row {number}: {error!r}"
             ) from error
     return [example for example in examples if example is not None]
+
+
+# %% The code: a set or a file
+def guess_kind(
+    source: str,
+    text: str = "text",
+    label: str | None = "label",
+    text_pair: str | None = None,
+) -> str:
+    """Say what a named set or a file is for: "classification", "regression",
+    "tokens" or "questions".
+
+    Labels that are numbers, and not all whole, are for regression. Other
+    arguments as in `read_texts`.
+
+    Raises:
+        BertnbError: the file is none of these.
+        FileNotFoundError: there is neither such a set nor such a file.
+    """
+    _check_there(source)
+    ending = source.lower().removesuffix(".gz").rpartition(".")[2]
+    if source in NAMED_SETS:
+        return NAMED_SETS[source][0]
+    if ending not in ("csv", "tsv", "json", "jsonl"):
+        return "tokens"
+    first = _first_object(source) if ending in ("json", "jsonl") else {}
+    if "data" in first or (ending == "json" and not first):
+        return "questions"
+    if isinstance(first.get("label"), dict):
+        return "tokens"
+    try:
+        numbers = read_texts(source, text, label, text_pair, numbers=True)
+    except BertnbError:  # some label is no number
+        return "classification"
+    whole = all(float(example.label or 0).is_integer() for example in numbers)
+    return "classification" if whole else "regression"
+
+
+def read_examples(
+    source: str,
+    kind: str,
+    split: str = "train",
+    text: str = "text",
+    label: str | None = "label",
+    text_pair: str | None = None,
+) -> list[Any]:
+    """Return the examples of a named set, or of a file.
+
+    Args:
+        kind: what they are for, as `guess_kind` says it.
+        split: of a named set. Other arguments as in `read_texts`.
+
+    Raises:
+        BertnbError: a row is bad; the message names the place.
+        FileNotFoundError: there is neither such a set nor such a file.
+        ValueError: the set is for something else.
+    """
+    _check_there(source)
+    if source in NAMED_SETS:
+        if (known := NAMED_SETS[source][0]) != kind:
+            raise ValueError(f"{source} is for {known}, not for {kind}")
+        return load_examples(source, split)
+    if kind == "tokens":
+        return read_tokens(source)
+    if kind == "questions":
+        return read_questions(source)
+    return read_texts(source, text, label, text_pair, kind == "regression")
+
+
+def _check_there(source: str) -> None:
+    if source not in NAMED_SETS and not Path(source).exists():
+        raise FileNotFoundError(
+            f"{source}: there is no such file, and no set of that name; sets "
+            f"are {', '.join(NAMED_SETS)}"
+        )
+
+
+def _first_object(source: str) -> dict[str, Any]:
+    """Return the object on the first line of a file, {} if there is none."""
+    packed = source.lower().endswith(".gz")
+    with (gzip.open if packed else open)(source, "rb") as file:
+        try:
+            found = json.loads(file.readline())
+        except ValueError:
+            found = {}
+    return found if isinstance(found, dict) else {}

@@ -3,23 +3,26 @@
 Written by tools/extract.py from notebooks/11_runs.md: edit that notebook, not this file.
 """
 
+import hashlib
+import json
 import os
 import queue
 import re
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
+from numbers import Real
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
@@ -33,6 +36,9 @@ __all__ = [
     "Checkpoints",
     "CHECKPOINT",
     "refuse_changes",
+    "as_json",
+    "settings_of",
+    "weights_digest",
     "locked",
     "StopRequest",
     "prefetch",
@@ -157,6 +163,46 @@ def refuse_changes(
             f"{folder} holds a run of another configuration: "
             f"{'; '.join(changed)}. Choose another output_dir, or delete it"
         )
+
+
+def as_json(value: Any) -> Any:
+    """Return a value as it comes back from a file of JSON.
+
+    What JSON cannot hold becomes a number or a dict if it is like one, else
+    the name of its type; keys that are no text are left out.
+    """
+    return json.loads(json.dumps(value, skipkeys=True, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return float(value) if isinstance(value, Real) else type(value).__name__
+
+
+def settings_of(value: object, but: Collection[str] = ()) -> dict[str, Any]:
+    """Return an object's attributes by name, as JSON; of long ones a digest.
+
+    Left out are those of `but`, and names that begin with `_`.
+    """
+    found: dict[str, Any] = {}
+    for name, given in sorted(vars(value).items()):
+        if name[0] != "_" and name not in but:
+            found[name] = as_json(given)
+            text = json.dumps(found[name], sort_keys=True)
+            if len(text) > 2000:
+                found[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return found
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names, shapes and bytes: one for one model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 # %% One writer a folder

@@ -3,7 +3,7 @@
 Written by tools/extract.py from notebooks/21_command_fine_tuning.md: edit that notebook, not this file.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -34,93 +34,54 @@ task_app = new_app()
 
 _Options = dict[str, tuple[Any, str]]  # name: type, help
 _COLUMNS: _Options = {
-    "text": (str, "The column of the text. [default: text]"),
-    "pair": (str, "The column of a second text. [default: none]"),
+    "text": (
+        str,
+        "The column of the text. [default: as finetune was told, or text]",
+    ),
+    "pair": (
+        str,
+        "The column of a second text. [default: as finetune was told, or none]",
+    ),
 }
 _LABEL: _Options = {
-    "label": (str, "The column of what is known. [default: label]"),
+    "label": (
+        str,
+        "The column of what is known. [default: as finetune was told, or label]",
+    ),
 }
 _QUESTIONS: _Options = {
     "null_threshold": (
         float,
         "Of a question: say that there is no answer where this is better by "
-        "so much. [default: never; evaluate: 0 if some have no answer]",
+        "so much. [default: 0 if some had no answer for finetune, or have "
+        "none in the file to evaluate; else never]",
     ),
 }
 
 
-def _read(source: str, kind: str, asked: dict[str, Any]) -> list[Any]:
-    """Return the examples in a file, or in standard input, a text a line."""
-    from bertnb.examples import (
-        TextExample,
-        TokenExample,
-        read_questions,
-        read_texts,
-        read_tokens,
-    )
-    from bertnb.tokenization import basic_tokenize
-
-    texts = kind in ("classification", "regression")
-    if source == "-":
-        if kind == "questions" or asked["pair"]:
-            raise ValueError("questions and pairs are read from a file, not -")
-        lines = read_lines("-")
-        if kind == "tokens":  # words by the rules of BERT, with capitals
-            words = [basic_tokenize(line, lowercase=False) for line in lines]
-            return [TokenExample(tuple(found)) for found in words]
-        return [TextExample(line) for line in lines]
-    if not texts:
-        return (read_tokens if kind == "tokens" else read_questions)(source)
-    columns = asked["text"] or "text", asked.get("label"), asked["pair"]
-    return read_texts(source, *columns, numbers=kind == "regression")
+def _columns(asked: dict[str, Any]) -> tuple[str, str | None, str | None]:
+    return asked["text"] or "text", asked.get("label"), asked["pair"]
 
 
 def _examples(
     source: str, split: str, kind: str, asked: dict[str, Any]
 ) -> list[Any]:
-    """Return the examples of a named set, or of a file."""
-    from bertnb.named_sets import NAMED_SETS, load_examples
+    """Return the examples of a named set or a file; of -, a text a line."""
+    from bertnb.examples import TextExample, TokenExample
+    from bertnb.named_sets import read_examples
+    from bertnb.tokenization import basic_tokenize
 
-    _check_there(source)
-    if source not in NAMED_SETS:
-        return _read(source, kind, asked)
-    if (known := NAMED_SETS[source][0]) != kind:
-        raise ValueError(f"{source} is for {known}, not for {kind}")
-    return load_examples(source, split)
-
-
-def _guess(source: str, asked: dict[str, Any]) -> str:
-    """Say what a named set or a file is for."""
-    from bertnb.configuration import BertnbError
-    from bertnb.named_sets import NAMED_SETS
-
-    _check_there(source)
-    ending = source.lower().removesuffix(".gz").rpartition(".")[2]
-    if source in NAMED_SETS:
-        return NAMED_SETS[source][0]
-    if ending not in ("csv", "tsv", "json", "jsonl"):
-        return "tokens"
-    first = _first_object(source) if ending in ("json", "jsonl") else {}
-    if "data" in first or (ending == "json" and not first):
-        return "questions"
-    if isinstance(first.get("label"), dict):
-        return "tokens"
-    try:
-        numbers = _read(source, "regression", asked)
-    except BertnbError:  # some label is no number
-        return "classification"
-    whole = all(example.label.is_integer() for example in numbers)
-    return "classification" if whole else "regression"
-
-
-def _check_there(source: str) -> None:
-    from bertnb.named_sets import NAMED_SETS
-
-    if source not in ("-", *NAMED_SETS) and not Path(source).exists():
-        raise FileNotFoundError(
-            f"{source}: there is no such file, and no set of that name; sets "
-            f"are {', '.join(NAMED_SETS)}"
+    if source != "-":
+        return read_examples(source, kind, split, *_columns(asked))
+    if kind == "questions" or asked["pair"] or "label" in asked:
+        raise ValueError(
+            "labels, pairs and questions are read from a file, not -"
         )
+    lines = read_lines("-")
+    if kind == "tokens":  # words by the rules of BERT, with capitals
+        words = [basic_tokenize(line, lowercase=False) for line in lines]
+        return [TokenExample(tuple(found)) for found in words]
+    return [TextExample(line) for line in lines]
 
 
 @contextmanager
@@ -132,21 +93,6 @@ def _adding(hint: str) -> Iterator[None]:
         yield
     except (BertnbError, ValueError) as error:
         raise BertnbError(f"{error} ({hint})") from error
-
-
-def _first_object(source: str) -> dict[str, Any]:
-    """Return the object on the first line of a file, {} if there is none."""
-    import gzip
-    import json
-
-    packed = source.lower().endswith(".gz")
-    opened: Callable[..., Any] = gzip.open if packed else open
-    with opened(source, "rb") as file:
-        try:
-            found = json.loads(file.readline())
-        except ValueError:
-            found = {}
-    return found if isinstance(found, dict) else {}
 
 
 # %% What is held out
@@ -311,14 +257,16 @@ def _finetune(
       bertnb finetune train.conll --validation dev.conll --output entities/
     """
     from bertnb.fine_tuning import fine_tune
-    from bertnb.named_sets import NAMED_SETS
+    from bertnb.named_sets import NAMED_SETS, guess_kind
     from bertnb.pretraining import book_model
     from bertnb.tasks import load_for_task
 
     asked["label"] = asked["label"] or "label"
     seed = asked["seed"] or 0
-    kind = _guess(file, asked) if task == "auto" else task
-    with _adding(f"read as {kind}; --task says otherwise"):
+    kind = guess_kind(file, *_columns(asked)) if task == "auto" else task
+    guessed = task == "auto" and file not in NAMED_SETS
+    hint = f"guessed: {kind}; --task can name another"
+    with _adding(hint) if guessed else nullcontext():
         learn = _examples(file, "train", kind, asked)
     labels = _labels(file, kind, learn)
     if "validation" in NAMED_SETS.get(file, ("", ()))[1]:
@@ -337,22 +285,22 @@ def _finetune(
     )
     result = fine_tune(whole, network, tokenizer, config)
     facts = {"task": kind, "examples": len(learn), "held_out": len(scored)}
-    best = dict(result.best)
-    for name in ("epoch", "learning_rate", "seconds"):
-        best.pop(name, None)
-    facts |= {"best_step": best.pop("step", None), **best}
+    known = ("step", "epoch", "learning_rate", "seconds")
+    best = {k: v for k, v in result.best.items() if k not in known}
+    facts |= {"best_step": result.best.get("step"), **best}
     facts |= {"stopped": result.stopped, "output": str(output)}
     _write_asked(output, whole, asked)
-    facts["next"] = f"bertnb predict {output} FILE"
-    if kind == "questions":
-        facts["next"] = (
-            f"bertnb answer QUESTION --context FILE --model {output}"
-        )
-    if result.stopped in ("SIGINT", "SIGTERM"):
-        facts["next"] = "the same command goes on"
-    show_facts(facts, as_json)
+    show_facts(facts | {"next": _next(kind, output, result.stopped)}, as_json)
     if result.stopped in ("SIGINT", "SIGTERM"):
         raise typer.Exit(128 + Signals[result.stopped])
+
+
+def _next(kind: str, folder: Path, stopped: str | None) -> str:
+    if stopped in ("SIGINT", "SIGTERM"):
+        return "the same command goes on"
+    if kind == "questions":
+        return f"bertnb answer QUESTION --context FILE --model {folder}"
+    return f"bertnb predict {folder} FILE"
 
 
 def _labels(file: str, kind: str, examples: Sequence[Any]) -> list[str]:
@@ -403,10 +351,11 @@ def _trained(
     """Load a fine-tuned model; return its kind, and how it is called."""
     from bertnb.answer_spans import BertForQuestionAnswering
     from bertnb.classification import BertForSequenceClassification
-    from bertnb.configuration import BertnbError, locate, read_json
+    from bertnb.configuration import BertnbError, read_json
     from bertnb.entities import BertForTokenClassification
+    from bertnb.folders import config_file
 
-    saved = read_json(locate(folder, "config.json"))
+    saved = read_json(config_file(folder))
     name = (saved.get("architectures") or ["model"])[0]
     kinds: dict[str, tuple[str, Any]] = {
         "BertForSequenceClassification": (
@@ -454,6 +403,12 @@ def _write_asked(folder: Path, task: Any, asked: dict[str, Any]) -> None:
     (folder / _ASKED).write_text(json.dumps(kept) + "\n", "utf-8")
 
 
+def _about(folder: str, kind: str) -> str:
+    there = Path(folder, _ASKED).is_file()
+    columns = f", with the columns that its {_ASKED} names" if there else ""
+    return f"{folder} was trained for {kind}{columns}"
+
+
 def _read_asked(folder: str, asked: dict[str, Any]) -> None:
     """Take over what was kept, where the command line says nothing."""
     from bertnb.configuration import read_json
@@ -483,7 +438,8 @@ def _evaluate(
 ) -> None:
     """Score a fine-tuned model on examples whose answers are known.
 
-    Scores are from 0 to 1; those of questions are in percent, as SQuAD's.
+    Shares are from 0 to 1, correlations from -1 to 1; the scores of questions
+    are in percent, as SQuAD's.
 
     \b
     Example: how good is it on a file that it has not seen?
@@ -493,12 +449,13 @@ def _evaluate(
 
     kind, use = _trained(model, asked, chinese)
     asked["label"] = asked["label"] or "label"
-    with _adding(f"{file}, by {model}, which was trained for {kind}"):
+    with _adding(f"{file}; {_about(model, kind)}"):
         examples = _examples(file, split, kind, asked)
+        task = replace(use.pop("task"), validation=examples)
         if kind == "questions":
             threshold = _threshold(asked["null_threshold"], examples)
-            use["task"] = replace(use["task"], null_threshold=threshold)
-        scores = evaluate(examples=examples, **use)
+            task = replace(task, null_threshold=threshold)
+        scores = evaluate(task, **use)
     show_facts({"task": kind, "examples": len(examples)} | scores, as_json)
 
 
@@ -559,7 +516,7 @@ def _predict(
 
     check_output(output, ".csv", ".jsonl")
     kind, use = _trained(model, asked)
-    with _adding(f"{model} was trained for {kind}"):
+    with _adding(_about(model, kind)):
         examples = _examples(file, split, kind, asked)
     rows: list[dict[str, Any]] = []
     for start in tqdm(range(0, len(examples), 2048), "answering"):

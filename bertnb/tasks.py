@@ -7,17 +7,17 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from math import inf
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from bertnb.configuration import read_json
-from bertnb.folders import PretrainedModel, config_file
+from bertnb.folders import PretrainedModel
 from bertnb.inference import evaluating, length_batches
 from bertnb.masked_lm import IGNORE
 from bertnb.optimization import SCHEDULES, autocast
@@ -31,6 +31,7 @@ __all__ = [
     "pad_rows",
     "Shuffled",
     "load_for_task",
+    "labelled_rows",
     "row_logits",
     "predict",
     "evaluate",
@@ -215,59 +216,44 @@ def load_for_task(
 ) -> tuple[PretrainedModel, WordPieceTokenizer]:
     """Return a checkpoint with a head for the task, and its tokenizer.
 
-    The classes of a trained head are found by their names, in whatever order
-    the checkpoint has them; names such as LABEL_0 say nothing, and become the
-    task's. Without a head, or with one for other classes (a warning says so),
+    A trained head counts by the names of its classes (see
+    `BertClassifier.for_classes`); without one, or with one for other classes,
     it begins untrained, and the seed decides how.
     """
     torch.manual_seed(seed)
-    asked = task.head_arguments()
-    head = _head(task, path_or_hub_id)
     with warnings.catch_warnings():  # that a head is new is no news here
         warnings.filterwarnings("ignore", ".*they start untrained")
-        model: Any = task.model_class.from_pretrained(path_or_hub_id, **head)
-    if head.get("labels") != asked.get("labels"):
-        model.order_labels(asked["labels"])
+        model = task.model_class.for_classes(
+            path_or_hub_id, **task.head_arguments()
+        )
     return model, WordPieceTokenizer.from_pretrained(path_or_hub_id)
 
 
-def _head(task: Task, path_or_hub_id: str | Path) -> dict[str, Any]:
-    """Return how to load the task's head: as it was trained, or anew."""
-    form, asked = task.model_class, task.head_arguments()
-    labels = asked.get("labels")
-    count = asked.get("num_labels") if labels is None else len(labels)
-    if count is None:
-        return asked
-    saved = read_json(config_file(path_or_hub_id))
-    kinds = saved.get("architectures") or []
-    anew = asked | {"ignore": ("classifier.",)}
-    if kinds and not {kind.__name__ for kind in form.__mro__} & {*kinds}:
-        return anew
-    names = _trained_classes(form, saved, count if not kinds else 2)
-    if labels and sorted(names) == sorted(labels):
-        return asked | {"labels": names}
-    nameless = all(name.startswith("LABEL_") for name in names)
-    if len(names) == count and (nameless or count == 1):
-        return asked
-    warnings.warn(
-        f"{path_or_hub_id} has a head for other classes than the task: a new "
-        "one begins untrained",
-        stacklevel=3,
-    )
-    return anew
+def labelled_rows(
+    task: Task, tokenizer: WordPieceTokenizer, max_length: int
+) -> list[list[Row]]:
+    """Return the rows of training and of validation, all with their truth.
 
-
-def _trained_classes(
-    form: type[PretrainedModel], saved: dict[str, Any], count: int
-) -> list[str]:
-    """Return what a `config.json` calls its classes, `count` where it does not
-    say; none where they are not learnt one a row."""
-    try:
-        own = form.saved_head_arguments(saved)
-    except ValueError:
-        return []
-    numbers = range(own.get("num_labels") or count)
-    return own.get("labels") or [f"LABEL_{i}" for i in numbers]
+    Raises:
+        ValueError: there is no training example, or one of either cannot be
+            read or has no label.
+    """
+    if not len(task.training):
+        raise ValueError("the task has no training examples: give `training`")
+    found = []
+    for part in ("training", "validation"):
+        try:
+            rows = task.rows(getattr(task, part), tokenizer, max_length)
+        except ValueError as error:
+            raise ValueError(f"{part}: {error}") from error
+        without = sorted({row.example for row in rows if not row.targets})
+        if without:
+            raise ValueError(
+                f"{part} example {without[0]} has no label, {len(without)} in "
+                "all have none: give them one, or leave them out"
+            )
+        found.append(rows)
+    return found
 
 
 def row_logits(
@@ -494,8 +480,11 @@ class FineTuneConfig:
     precision: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.output_dir is not None:  # the log is JSON: it holds a text
-            object.__setattr__(self, "output_dir", str(self.output_dir))
+        for name, value in asdict(self).items():  # the log is JSON
+            if isinstance(value, Path):
+                object.__setattr__(self, name, str(value))
+            elif isinstance(value, Real) and not isinstance(value, int):
+                object.__setattr__(self, name, float(value))  # of NumPy, too
         counts = "epochs batch_size parts max_length min_steps"
         open_to_none = ("group", "eval_every", "patience", "frozen_layers")
         for name in (*counts.split(), *open_to_none, "seed"):

@@ -183,10 +183,9 @@ def check_output(path: Path | None, *endings: str) -> None:
     if path.suffix not in endings:
         expected = " or ".join(endings)
         raise typer.BadParameter(f"--output {path}: expected {expected}")
-    if not os.access(path.parent, os.W_OK):
-        raise typer.BadParameter(
-            f"--output {path}: {path.parent} is no folder that can be written to"
-        )
+    target = path if path.exists() else path.parent
+    if not path.parent.is_dir() or not os.access(target, os.W_OK):
+        raise typer.BadParameter(f"--output {path}: {target} is not writable")
 
 
 def load_model(

@@ -661,7 +661,7 @@ def test_embed_writes_the_file_that_it_names(tmp_path: Path) -> None:
     assert "standard input is empty" in done.stderr
     done = run("embed", "-", "--output", tmp_path / "no" / "a.npy", input="a")
     assert done.exit_code == 2
-    assert "is no folder" in " ".join(done.stderr.split())
+    assert "is not writable" in " ".join(done.stderr.split())
 
 
 def tensorflow_name(name: str) -> str:

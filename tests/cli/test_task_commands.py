@@ -3,18 +3,21 @@
 import csv
 import io
 import json
+import shutil
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+import typer
 from transformers import AutoTokenizer
 from transformers import BertForSequenceClassification as Peer
 from typer.testing import CliRunner, Result
 
 import bertnb
-from bertnb import cli, task_commands
+from bertnb import cli, task_commands, terminal
 from bertnb.fine_tuning import FineTuneResult
 from bertnb.tasks import FineTuneConfig
 
@@ -33,7 +36,6 @@ SPEED = "--device cpu --precision float32 --min-steps 1 --epochs 1".split()
 QUICK = [*SPEED, "--learning-rate", "0.01", "--batch-size", "4"]
 TAGS = "Ann B-PER\nsaw O\nBonn B-LOC\n\nBob I-PER\nleft O\n\n" * 6
 CONTEXT = "Ann saw Bonn. Bob left it."
-COLUMNS = {"text": None, "label": "label", "pair": None}
 
 
 def run(*arguments: str | Path, input: str | None = None) -> Result:
@@ -251,7 +253,7 @@ def test_what_a_file_is_for(
     file = tmp_path / name
     file.write_text(content)
     named = name if not content else str(file)
-    assert task_commands._guess(named, COLUMNS) == kind
+    assert bertnb.guess_kind(str(named)) == kind
 
 
 def test_a_named_set_brings_its_own_validation(
@@ -410,10 +412,23 @@ def test_the_exit_code_says_how_a_run_ended(
         ("finetune nowhere.csv --output m", 1, "nowhere.csv"),
         ("finetune sst --output m", 1, "sets are sst2, "),
         ("finetune {p}/REVIEWS.CSV --output m --label a", 1, "no column 'a'"),
-        ("finetune {p}/words.tsv --output m", 1, "--task says otherwise"),
+        (
+            "finetune {p}/words.tsv --output m",
+            1,
+            "guessed: classification; --task",
+        ),
+        ("finetune - --output m", 1, "-: there is no such file"),
+        ("finetune {p}/reviews.csv --validation - --output m", 1, "not -"),
         ("predict {c} {p}/tags.conll", 1, "trained for classification"),
-        ("evaluate {c} {p}/many.csv", 1, "many.csv, by"),
-        ("predict {c} - --output no/a.csv", 2, "no is no folder"),
+        ("evaluate {c} {p}/many.csv", 1, "many.csv; "),
+        ("predict {c} - --output no/a.csv", 2, "no is not writable"),
+        ("predict {c} - --output {p}/many.csv/a.csv", 2, "is not writable"),
+        (
+            "finetune {p}/reviews.csv --task tokens --output m",
+            1,
+            "columns, the word first",
+        ),
+        ("predict {c} {p}/pairs.csv", 1, "that its finetune.json names"),
         ("finetune {p}/reviews.csv", 2, "--output"),
         ("finetune {p}/reviews.csv --output m --text a", 1, "no column 'a'"),
         ("finetune {p}/reviews.csv --output m --task tokens", 1, "csv:2: "),
@@ -428,7 +443,7 @@ def test_the_exit_code_says_how_a_run_ended(
         ("finetune {p}/one.csv --output m", 1, "expected two classes"),
         ("evaluate {p}/tiny {p}/reviews.csv", 1, "bertnb finetune FILE"),
         ("evaluate {c} {p}/many.csv", 1, "expected one of bad, good"),
-        ("evaluate {c} -", 1, "has no label"),
+        ("evaluate {c} -", 1, "are read from a file, not -"),
         ("predict {p} -", 1, "config.json"),
         ("predict {c} {p}/pairs.csv", 1, "no column 'text'"),
         ("predict {c} - --output a.txt", 2, "expected .csv or .jsonl"),
@@ -546,7 +561,7 @@ def test_a_model_remembers_its_columns(place: Path, tmp_path: Path) -> None:
     assert told("predict", folder, other, "--text", "one")["rows"] == rows
     done = run("predict", folder, "-", input="a line\n")
     assert done.exit_code == 1
-    assert "questions and pairs are read from a file" in done.stderr
+    assert "labels, pairs and questions are read from a file" in done.stderr
 
 
 def test_a_tagger_reads_plain_lines(place: Path, tmp_path: Path) -> None:
@@ -571,3 +586,48 @@ def test_cuda_where_there_is_none(
 def test_the_help_names_every_set() -> None:
     told = " ".join(run("finetune", "--help").stdout.split())
     assert ", ".join(bertnb.NAMED_SETS) in told
+
+
+def test_the_hint_is_given_only_where_it_helps(place: Path) -> None:
+    file = place / "reviews.csv"
+    done = run("finetune", file, "--output", "m", "--task", "tokens")
+    assert "--task" not in done.stderr
+
+
+def test_a_score_that_needs_a_library_says_so_first(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = "--model", place / "tiny", "--output", tmp_path / "m", *QUICK
+    columns = "--text", "first", "--pair", "second", "--label", "score"
+    told("finetune", place / "pairs.csv", *base, *columns)
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+
+    def predict(*_: Any, **__: Any) -> None:
+        raise AssertionError("it began")
+
+    monkeypatch.setattr("bertnb.tasks.predict", predict)
+    done = run("evaluate", tmp_path / "m", place / "pairs.csv")
+    assert "correlations need scipy" in done.stderr
+
+
+def test_a_model_whose_first_save_was_killed(
+    place: Path, classifier: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(classifier, tmp_path / "m")
+    (tmp_path / "m" / "config.json").rename(tmp_path / "m" / "config.json.tmp")
+    rows = told("predict", tmp_path / "m", place / "reviews.csv")["rows"]
+    assert rows == told("predict", classifier, place / "reviews.csv")["rows"]
+    made = told("convert", tmp_path / "m", "--output", tmp_path / "out")
+    assert made["model"] == "BertForSequenceClassification"
+
+
+def test_a_file_may_be_written_again_where_its_folder_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.csv"
+    closed = lambda path, _: Path(path) != tmp_path  # noqa: E731
+    monkeypatch.setattr("os.access", closed)
+    with pytest.raises(typer.BadParameter, match="is not writable"):
+        terminal.check_output(file, ".csv")
+    file.touch()
+    terminal.check_output(file, ".csv")

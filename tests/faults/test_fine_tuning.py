@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import config_for, tokenizer_of
@@ -390,7 +391,6 @@ def test_the_checkpoints_of_another_kind_of_run_are_refused(config):
 
 def test_a_better_model_without_its_checkpoint(config, monkeypatch, tmp_path):
     """Killed between the two, in the folder that the model came from."""
-    expected = whole(config)
     folder = Path(config.output_dir)
     save = Checkpoints.save
     count = iter(range(9))
@@ -408,7 +408,6 @@ def test_a_better_model_without_its_checkpoint(config, monkeypatch, tmp_path):
     written, _ = load_for_task(bare, folder)
     assert not same(written, new())
     result = tune(config, bare, written)
-    assert same(result.model, expected.model) == (expected.best["step"] == 20)
     assert same(
         result.model, tune(replace(config, output_dir=None), bare).model
     )
@@ -429,6 +428,13 @@ class Settled(SequenceRegression):
         (MappingProxyType({"a": 1.0}), {"a": 1.0}, False),
         ({(1, 2): 3}, {(1, 2): 4}, False),  # no JSON: not compared
         (len, max, False),
+        (np.float32(0.5), 0.5, False),
+        (np.float32(0.5), np.float32(0.25), True),
+        (
+            {str(i): i for i in range(900)},
+            {str(i): i for i in range(899, -1, -1)},
+            False,
+        ),
         (["x"] * 90_000, ["x"] * 90_000, False),
         (["x"] * 90_000, ["x"] * 89_999 + ["y"], True),
     ],
@@ -460,3 +466,38 @@ def test_a_model_that_no_run_has_written_is_kept(config):
     assert same(tune(config).model, expected.model)
     (folder / ".lock").unlink()
     assert same(tune(config).model, expected.model)
+
+
+def test_a_setting_of_a_task_that_is_no_dataclass(config):
+    class Plain(SequenceRegression):
+        def __init__(self, smoothing):
+            super().__init__(EXAMPLES[:20], EXAMPLES[20:])
+            object.__setattr__(self, "smoothing", smoothing)
+            object.__setattr__(self, "_seen", smoothing)  # its own affair
+
+    tune(config, Plain(0.0))
+    with pytest.raises(BertnbError) as caught:
+        tune(config, Plain(0.5))
+    assert "task.smoothing was 0.0 and is 0.5" in str(caught.value)
+    assert "_seen" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_settings(config):
+    rates = [replace(config, learning_rate=np.float32(r)) for r in (1e-2, 1e-3)]
+    tune(replace(rates[0], output_dir=None))
+    tune(rates[0])
+    with pytest.raises(BertnbError, match="learning_rate was"):
+        tune(rates[1])
+
+
+def test_other_weights_before_the_first_evaluation(config):
+    """A run was stopped when it had a checkpoint and no model yet."""
+    stop = replace(config, eval_every=19, frozen_layers=None)
+    run = FineTuningRun(TASK, new(), TOKENIZER, stop)
+    Path(config.output_dir).mkdir()
+    next(run.steps())
+    run.save()
+    torch.manual_seed(1)
+    other = BertForSequenceClassification(TINY, num_labels=1)
+    with pytest.raises(BertnbError, match="began with other weights"):
+        tune(stop, model=other)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertnb import BertConfig, BertForTokenClassification
+from bertnb import BertConfig, BertForTokenClassification, entities
 from bertnb.entities import (
     TokenClassification,
     entity_scores,
@@ -333,3 +333,12 @@ def test_scores_that_are_not_finite_are_no_answer():
     task = TokenClassification(labels=NAMES)
     with pytest.raises(ValueError, match="example 0: the model gives a score"):
         predict(task, model, TOKENIZER, [TokenExample(("a", "b"))], 8)
+
+
+def test_chinese_is_joined_without_spaces():
+    words = ("他", "2020", "北", "京", "A", "B", "C")
+    tags = ("O", "O", "B-group", "I-group", "B-person", "I-person", "O")
+    found = entities._entities(words, tags, [1.0] * 7)
+    assert [entity["text"] for entity in found] == ["北京", "A B"]
+    found = entities._entities(words[-3:], tags[-3:], [1.0] * 3)
+    assert [entity["text"] for entity in found] == ["AB"]  # all are characters

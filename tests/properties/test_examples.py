@@ -19,7 +19,9 @@ from bertnb import (
     QuestionExample,
     TextExample,
     TokenExample,
+    guess_kind,
     load_examples,
+    read_examples,
     read_questions,
     read_texts,
     read_tokens,
@@ -337,3 +339,28 @@ def test_tags_of_spans_are_the_spans(text, data):
         label["T"].setdefault(words, []).append([first, last])
     tags = span_tags(text, label, "here")
     assert [(a, b) for _, a, b in get_entities(list(tags))] == spans
+
+
+def test_a_set_or_a_file(monkeypatch, tmp_path):
+    """What a program is given is read as what it is for."""
+    monkeypatch.setenv("BERTNB_DATA", str(tmp_path))
+    (tmp_path / "sst2").mkdir()
+    table = tmp_path / "sst2" / "dev.tsv"
+    table.write_text("sentence\tlabel\na\t1\n")
+    assert guess_kind("sst2") == "classification"
+    assert read_examples("sst2", "classification", "validation") == [
+        TextExample("a", "positive")
+    ]
+    with pytest.raises(ValueError, match="sst2 is for classification, not for"):
+        read_examples("sst2", "tokens", "validation")
+    for read in (guess_kind, lambda source: read_examples(source, "tokens")):
+        with pytest.raises(FileNotFoundError, match=r"sst: .* sets are sst2, "):
+            read("sst")
+    columns = "sentence", "label", None
+    assert guess_kind(str(table), *columns) == "classification"
+    (found,) = read_examples(str(table), "regression", "", *columns)
+    assert found == TextExample("a", 1.0)
+    words = tmp_path / "words"
+    words.write_text("a O\n")
+    assert guess_kind(str(words)) == "tokens"
+    assert read_examples(str(words), "tokens") == [TokenExample(("a",), ("O",))]

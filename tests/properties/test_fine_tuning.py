@@ -718,6 +718,18 @@ def test_a_head_of_another_kind_of_model_is_none(tmp_path):
     assert same(found.bert.encoder, tagger.bert.encoder)
 
 
+def test_a_model_for_whatever_classes_it_has(tmp_path):
+    model = saved_with(["x", "y", "z"], tmp_path)
+    found = BertForSequenceClassification.for_classes(tmp_path)
+    assert found.label_names == ["x", "y", "z"]
+    assert same(found, model)
+    found = BertForSequenceClassification.for_classes(
+        tmp_path, labels=["z", "x", "y"]
+    )
+    assert found.label_names == ["z", "x", "y"]
+    assert torch.equal(found.classifier.bias, model.classifier.bias[[2, 0, 1]])
+
+
 def test_other_names_are_no_order():
     model = BertForSequenceClassification(TINY, labels=["a", "b"])
     with pytest.raises(ValueError, match=r"labels=\['a', 'c'\]: expected the"):
@@ -792,6 +804,9 @@ def test_a_head_in_a_configuration_that_says_less(tmp_path):
     edited(tmp_path, architectures=None, id2label=None)
     task = SequenceClassification(labels=["x", "y", "z"])
     assert same(load_for_task(task, tmp_path)[0], three)
+    for other in (TASK, SequenceRegression()):  # its weights say how many
+        with pytest.warns(UserWarning, match="a head for other classes"):
+            load_for_task(other, tmp_path)
     saved_with(["x", "y", "x"], tmp_path)  # one of them twice
     with pytest.warns(UserWarning, match="a head for other classes"):
         load_for_task(SequenceClassification(labels=["x", "y"]), tmp_path)

@@ -5,7 +5,9 @@ import signal
 import socket
 import threading
 import time
+from types import MappingProxyType
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,9 +18,12 @@ from bertnb.runs import (
     Checkpoints,
     StopRequest,
     World,
+    as_json,
     locked,
     prefetch,
     refuse_changes,
+    settings_of,
+    weights_digest,
 )
 
 # checkpoints
@@ -309,3 +314,43 @@ def test_changed_settings_are_named_and_long_values_cut(tmp_path):
     assert f"digest was '{'a' * 59} and is '{'b' * 59}; " in message
     assert "new was None and is 2. Choose another output_dir" in message
     assert "old was" not in message
+
+
+def test_settings_come_back_as_they_went():
+    class Some:
+        def __init__(self):
+            self.pair, self.share = (1, 2), np.float32(0.5)
+            self.by_name = MappingProxyType({"a": 1.0})
+            self.act, self.long = len, ["x"] * 2000
+            self._own, self.rows = 3, [4]
+
+    found = settings_of(Some(), ("rows",))
+    digest = found.pop("long")
+    assert len(digest) == 16
+    assert found == {
+        "pair": [1, 2],
+        "share": 0.5,
+        "by_name": {"a": 1.0},
+        "act": "builtin_function_or_method",
+    }
+    assert as_json(found) == found
+    other = Some()
+    other.long[7] = "y"
+    assert settings_of(other)["long"] != digest
+
+
+def test_the_digest_of_weights_is_of_names_shapes_and_bits():
+    weights = {"a": torch.arange(6.0), "b": torch.ones(2, 3)}
+    digest = weights_digest(weights)
+    assert weights_digest(dict(reversed(weights.items()))) == digest
+    assert weights_digest({k: t.clone() for k, t in weights.items()}) == digest
+    part = torch.arange(6.0).repeat_interleave(2)[::2]  # not contiguous
+    assert weights_digest(weights | {"a": part}) == digest
+    for other in (
+        {"a": weights["b"], "b": weights["a"]},
+        weights | {"b": -weights["b"]},
+        weights | {"b": torch.ones(3, 2)},
+        weights | {"a": weights["a"].double()},
+        {"a": weights["a"]},
+    ):
+        assert weights_digest(other) != digest
