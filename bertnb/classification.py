@@ -175,8 +175,9 @@ class BertClassifier(PretrainedModel, ABC):
         names = saved.get("id2label")
         arguments: dict[str, Any] = {"num_labels": saved.get("num_labels")}
         if names:
-            order = sorted(names, key=int)
-            arguments = {"labels": [str(names[i]) for i in order]}
+            arguments = {
+                "labels": [str(names[i]) for i in sorted(names, key=int)]
+            }
         count = len(names or ()) or arguments["num_labels"] or 2
         ours = "regression" if count == 1 else "single_label_classification"
         kind = saved.get("problem_type")
@@ -202,6 +203,8 @@ class BertClassifier(PretrainedModel, ABC):
         path_or_hub_id: str | Path,
         num_labels: int | None = None,
         labels: list[str] | None = None,
+        revision: str | None = None,
+        token: str | None = None,
         **others: Any,
     ) -> _Classifier:
         """Build a model for these classes, trained as far as they were learnt.
@@ -209,49 +212,52 @@ class BertClassifier(PretrainedModel, ABC):
         The classes of a trained head are found by their names, in whatever
         order the checkpoint has them; names such as LABEL_0 say nothing, and
         become the new ones. Without a head, or with one for other classes (a
-        warning says so), it begins untrained.
+        warning says so), it begins untrained. Without arguments the classes
+        are the checkpoint's. `others` as in `from_pretrained`.
         """
-        if not labels and num_labels is None:  # whatever it has
-            return cls.from_pretrained(path_or_hub_id, **others)
-        names = cls._trained_classes(path_or_hub_id)
+        source = path_or_hub_id, revision, token
+        others |= {
+            name: value
+            for name, value in (("num_labels", num_labels), ("labels", labels))
+            if value
+        }
+        names = cls._trained_classes(*source)
         if labels and names and sorted(names) == sorted(labels):
-            model = cls.from_pretrained(path_or_hub_id, labels=names, **others)
+            model = cls.from_pretrained(*source, **others | {"labels": names})
             model.order_labels(labels)
             return model
         count = len(labels) if labels else num_labels
         plain = all(name.startswith("LABEL_") for name in names or ())
         fits = len(names or ()) == count and (plain or count == 1)
-        if names is not None and not fits:
-            warnings.warn(
-                f"{path_or_hub_id} has a head for other classes: a new one "
-                "begins untrained",
-                stacklevel=3,
-            )
-        return cls.from_pretrained(
-            path_or_hub_id,
-            ignore=() if fits else ("classifier.",),
-            num_labels=num_labels,
-            labels=labels,
-            **others,
-        )
+        if count and not fits:
+            others["ignore"] = (*others.get("ignore", ()), "classifier.")
+            if names is not None:
+                warnings.warn(
+                    f"{path_or_hub_id} has a head for other classes: a new "
+                    "one begins untrained",
+                    stacklevel=3,
+                )
+        return cls.from_pretrained(*source, **others)
 
     @classmethod
-    def _trained_classes(cls, path_or_hub_id: str | Path) -> list[str] | None:
-        """Return the names of a checkpoint's classes, [] where they are not
-        learnt one a row; None: it is another kind of model."""
-        saved = read_json(config_file(path_or_hub_id))
-        kinds = saved.get("architectures") or ()
-        if kinds and not {kind.__name__ for kind in cls.__mro__} & {*kinds}:
+    def _trained_classes(
+        cls, path_or_hub_id: str | Path, revision: str | None, token: str | None
+    ) -> list[str] | None:
+        """Return the names of a checkpoint's classes, [] where its
+        `problem_type` is another; None: it is another kind of model."""
+        saved = read_json(config_file(path_or_hub_id, revision, token))
+        if not cls.reads(saved):
             return None
         try:
             own = cls.saved_head_arguments(saved)
         except ValueError:
             return []
         count = own.get("num_labels") or 2
-        if not kinds and not any(own.values()):  # only the weights know
-            weights = read_weights(path_or_hub_id)[0]
-            count = len(weights.get("classifier.weight", range(2)))
-        return own.get("labels") or [f"LABEL_{i}" for i in range(count)]
+        # where the configuration does not say, the weights have to
+        if not saved.get("architectures") and not any(own.values()):
+            weights = read_weights(path_or_hub_id, revision, token)[0]
+            count = len(weights.get("classifier.weight", ()))
+        return own.get("labels") or [f"LABEL_{i}" for i in range(count)] or None
 
     def order_labels(self, labels: Sequence[str]) -> None:
         """Put the classes into another order, each with its weights.

@@ -200,8 +200,9 @@ class FineTuningRun:
                 self.tokenizer.save_pretrained(config.output_dir, limit)
 
     def _scores(self) -> list[float]:
-        # without validation nothing says which is better
-        return [record.get(self.task.metric, 0.0) for record in self.records]
+        if not self.held:  # nothing says which is better
+            return [0.0] * len(self.records)
+        return [record[self.task.metric] for record in self.records]
 
     @property
     def best_place(self) -> int:
@@ -296,16 +297,20 @@ class FineTuningRun:
                 "older version: choose another output_dir"
             )
         refuse_changes(json.loads(state["bound"]), self.bound, str(folder))
-        known = [_named(state["model"]), _named(state["best"])]
-        with suppress(FileNotFoundError):
-            # killed between the two, it has written a model and no checkpoint
-            known.append(read_weights(str(folder))[0])
-        if self.began not in (state["began"], *map(weights_digest, known)):
-            raise BertnbError(
-                f"{folder} holds a run that began with other weights than "
-                "`model` has: load the model that it began with, or choose "
-                "another output_dir"
-            )
+        own = (
+            weights_digest(_named(state[name])) for name in ("model", "best")
+        )
+        if self.began in (state["began"], *own):
+            return
+        with suppress(FileNotFoundError, BertnbError):
+            # a run that was killed may have written a model and no checkpoint
+            if self.began == weights_digest(read_weights(str(folder))[0]):
+                return
+        raise BertnbError(
+            f"{folder} holds a run that began with other weights than `model` "
+            "has: load the model that it began with, or choose another "
+            "output_dir"
+        )
 
 
 def _named(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -372,8 +372,18 @@ class PretrainedModel(nn.Module):
     def for_classes(
         cls: type[_Model], path_or_hub_id: str | Path, **head_arguments: Any
     ) -> _Model:
-        """Build a model with this head; one with named classes overrides it."""
+        """Build a model with this head, untrained where the checkpoint is of
+        another class. A model with named classes overrides it."""
+        saved = read_json(config_file(path_or_hub_id))
+        if head_arguments and not cls.reads(saved):
+            head_arguments["ignore"] = ("classifier.",)
         return cls.from_pretrained(path_or_hub_id, **head_arguments)
+
+    @classmethod
+    def reads(cls, saved: dict[str, Any]) -> bool:
+        """Say whether a `config.json` is of this class, or does not say."""
+        kinds = saved.get("architectures") or ()
+        return not kinds or any(kind.__name__ in kinds for kind in cls.__mro__)
 
     @classmethod
     def saved_head_arguments(cls, saved: dict[str, Any]) -> dict[str, Any]:

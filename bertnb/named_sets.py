@@ -345,8 +345,8 @@ def guess_kind(
     arguments as in `read_texts`.
 
     Raises:
-        BertnbError: the file is none of these.
         FileNotFoundError: there is neither such a set nor such a file.
+        ValueError: a .json file is none of these.
     """
     _check_there(source)
     ending = source.lower().removesuffix(".gz").rpartition(".")[2]
@@ -361,7 +361,7 @@ def guess_kind(
         return "tokens"
     try:
         numbers = read_texts(source, text, label, text_pair, numbers=True)
-    except BertnbError:  # some label is no number
+    except BertnbError:  # a label is no number, or who reads it will say
         return "classification"
     whole = all(float(example.label or 0).is_integer() for example in numbers)
     return "classification" if whole else "regression"

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from numbers import Real
 from pathlib import Path
@@ -169,7 +170,7 @@ def as_json(value: Any) -> Any:
     """Return a value as it comes back from a file of JSON.
 
     What JSON cannot hold becomes a number or a dict if it is like one, else
-    the name of its type; keys that are no text are left out.
+    the name of its type; keys that it cannot hold are left out.
     """
     return json.loads(json.dumps(value, skipkeys=True, default=_plain))
 
@@ -183,12 +184,15 @@ def _plain(value: Any) -> Any:
 def settings_of(value: object, but: Collection[str] = ()) -> dict[str, Any]:
     """Return an object's attributes by name, as JSON; of long ones a digest.
 
-    Left out are those of `but`, and names that begin with `_`.
+    Left out are those of `but`, cached properties, and names that begin with
+    `_`.
     """
     found: dict[str, Any] = {}
-    for name, given in sorted(vars(value).items()):
-        if name[0] != "_" and name not in but:
-            found[name] = as_json(given)
+    fields = getattr(value, "__dataclass_fields__", ())
+    for name in sorted({*fields, *getattr(value, "__dict__", ())}):
+        computed = isinstance(getattr(type(value), name, None), cached_property)
+        if name[0] != "_" and name not in but and not computed:
+            found[name] = as_json(getattr(value, name, None))
             text = json.dumps(found[name], sort_keys=True)
             if len(text) > 2000:
                 found[name] = hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -52,9 +52,9 @@ _LABEL: _Options = {
 _QUESTIONS: _Options = {
     "null_threshold": (
         float,
-        "Of a question: say that there is no answer where this is better by "
-        "so much. [default: 0 if some had no answer for finetune, or have "
-        "none in the file to evaluate; else never]",
+        "Of questions: say that there is no answer where that scores better "
+        "by more than this. [default: 0 if finetune, or the file to evaluate, "
+        "had questions without an answer; else never]",
     ),
 }
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from math import inf
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -216,7 +216,7 @@ def load_for_task(
 ) -> tuple[PretrainedModel, WordPieceTokenizer]:
     """Return a checkpoint with a head for the task, and its tokenizer.
 
-    A trained head counts by the names of its classes (see
+    A trained head is taken over by the names of its classes (see
     `BertClassifier.for_classes`); without one, or with one for other classes,
     it begins untrained, and the seed decides how.
     """
@@ -288,11 +288,11 @@ def predict(
     batch_size: int = 64,
     precision: torch.dtype = torch.float32,
 ) -> list[Any]:
-    """Return the model's answer to each example; what it is says the task.
+    """Return the model's answer to each example; the task says what it is.
 
     Args:
-        max_length: of a row, in tokens; what is done with longer examples
-            says the task.
+        max_length: of a row, in tokens; the task says what is done with
+            longer examples.
         precision: of the matrix products.
 
     Raises:
@@ -483,8 +483,10 @@ class FineTuneConfig:
         for name, value in asdict(self).items():  # the log is JSON
             if isinstance(value, Path):
                 object.__setattr__(self, name, str(value))
-            elif isinstance(value, Real) and not isinstance(value, int):
-                object.__setattr__(self, name, float(value))  # of NumPy, too
+            elif isinstance(value, Integral) and not isinstance(value, bool):
+                object.__setattr__(self, name, int(value))  # of NumPy, too
+            elif isinstance(value, Real) and not isinstance(value, bool):
+                object.__setattr__(self, name, float(value))
         counts = "epochs batch_size parts max_length min_steps"
         open_to_none = ("group", "eval_every", "patience", "frozen_layers")
         for name in (*counts.split(), *open_to_none, "seed"):

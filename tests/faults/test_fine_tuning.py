@@ -501,3 +501,17 @@ def test_other_weights_before_the_first_evaluation(config):
     other = BertForSequenceClassification(TINY, num_labels=1)
     with pytest.raises(BertnbError, match="began with other weights"):
         tune(stop, model=other)
+
+
+def test_a_damaged_model_beside_a_whole_checkpoint(config, monkeypatch):
+    expected = whole(config)
+    at(monkeypatch, 9, fail)
+    with pytest.raises(OSError, match="the power failed"):
+        tune(config)
+    file = Path(config.output_dir) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    torch.manual_seed(1)
+    other = BertForSequenceClassification(TINY, num_labels=1)
+    with pytest.raises(BertnbError, match="began with other weights"):
+        tune(config, model=other)
+    assert same(tune(config).model, expected.model)

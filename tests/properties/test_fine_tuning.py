@@ -3,15 +3,19 @@
 import json
 import random
 import shutil
+import warnings
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from statistics import fmean, stdev
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import EntryNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tiny import config_for, tokenizer_of
 
 import bertnb.fine_tuning
@@ -19,8 +23,10 @@ from bertnb import (
     Answer,
     BertForSequenceClassification,
     BertForTokenClassification,
+    BertModel,
     FineTuneConfig,
     FineTuningRun,
+    PretrainedModel,
     QuestionAnswering,
     QuestionExample,
     Row,
@@ -728,6 +734,100 @@ def test_a_model_for_whatever_classes_it_has(tmp_path):
     )
     assert found.label_names == ["z", "x", "y"]
     assert torch.equal(found.classifier.bias, model.classifier.bias[[2, 0, 1]])
+
+
+def test_the_classes_of_a_revision_are_those_of_its_configuration(
+    tmp_path, monkeypatch
+):
+    saved_with(["x", "y"], tmp_path / "main")
+    model = saved_with(["y", "x"], tmp_path / "old")
+
+    def download(name, file, revision, token):
+        assert (name, token) == ("me/it", "t")
+        path = tmp_path / (revision or "main") / file
+        if not path.is_file():
+            raise EntryNotFoundError(file)
+        return str(path)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    found = BertForSequenceClassification.for_classes(
+        "me/it", labels=["x", "y"], revision="old", token="t"
+    )
+    assert found.label_names == ["x", "y"]
+    assert torch.equal(found.classifier.weight.flip(0), model.classifier.weight)
+
+
+def test_a_body_that_does_not_say_what_it_is_warns_of_nothing(tmp_path):
+    new().bert.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    edited(tmp_path, architectures=None)
+    for labels in (["a", "b"], ["a", "b", "c"]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found, _ = load_for_task(
+                SequenceClassification(labels=labels), tmp_path
+            )
+        assert found.label_names == labels
+
+
+def test_a_head_that_is_not_of_named_classes(tmp_path):
+    class Counter(PretrainedModel):
+        def __init__(self, config, num_labels=2):
+            super().__init__()
+            self.config, self.num_labels = config, num_labels
+            self.bert = BertModel(config)
+            self.classifier = torch.nn.Linear(config.hidden_size, num_labels)
+
+    model = saved_with(["a", "b", "c"], tmp_path)
+    for count in (2, 3):
+        with pytest.warns(UserWarning, match="classifier.*start untrained"):
+            found = Counter.for_classes(tmp_path, num_labels=count)
+        assert len(found.classifier.weight) == count
+        assert not torch.equal(
+            found.classifier.weight, model.classifier.weight[:count]
+        )
+    found.save_pretrained(tmp_path)
+    assert same(Counter.for_classes(tmp_path, num_labels=3), found)
+
+
+def test_a_head_may_take_only_a_number_and_more_be_left_out(tmp_path):
+    class Fewer(BertForSequenceClassification):
+        def __init__(self, config, num_labels=2):
+            super().__init__(config, num_labels)
+
+    model = saved_with(["a", "b"], tmp_path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = Fewer.for_classes(tmp_path, num_labels=3)
+    assert "a head for other classes" in str(told[0].message)
+    assert found.num_labels == 3
+    weights = load_file(tmp_path / "model.safetensors")
+    more = weights | {"cls.extra": torch.ones(1)}
+    save_file(more, tmp_path / "model.safetensors")
+    for labels in (["b", "a"], ["x", "y"]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = BertForSequenceClassification.for_classes(
+                tmp_path, labels=labels, ignore=("cls.extra",)
+            )
+        assert found.label_names == labels
+        assert same(found.bert, model.bert)
+
+
+def test_a_task_that_does_not_score_its_metric():
+    @dataclass(frozen=True)
+    class Other(SequenceClassification):
+        def score(self, examples, answers):
+            return {"mse": 1.0}
+
+    with pytest.raises(KeyError, match="accuracy"):
+        tune(Other(TASK.training, TASK.validation))
+
+
+def test_whole_numbers_of_numpy_are_whole():
+    config = FineTuneConfig(batch_size=np.int64(8), seed=np.int64(1))
+    assert (type(config.batch_size), config.batch_size) == (int, 8)
+    assert type(config.seed) is int
 
 
 def test_other_names_are_no_order():

@@ -5,6 +5,8 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
@@ -354,3 +356,24 @@ def test_the_digest_of_weights_is_of_names_shapes_and_bits():
         {"a": weights["a"]},
     ):
         assert weights_digest(other) != digest
+
+
+def test_settings_of_data_classes_and_what_they_compute():
+    @dataclass(slots=True)
+    class Slots:
+        smoothing: float = 0.0
+
+    @dataclass(frozen=True)
+    class Lazy:
+        share: float = field(default=0.5, init=False)
+
+        @cached_property
+        def spread(self):
+            return 1.2
+
+    assert settings_of(Slots(0.5)) == {"smoothing": 0.5}
+    lazy = Lazy()
+    before = settings_of(lazy)
+    assert before == {"share": 0.5}
+    assert lazy.spread == 1.2
+    assert settings_of(lazy) == before
