@@ -299,7 +299,7 @@ def summary(groups: Groups) -> Iterator[str]:
         cells = []
         for model in models:
             found = []
-            for key, sides in groups.items():
+            for key, sides in reversed(groups.items()):  # the latest first
                 if (key.task, key.model) == (name, model):
                     found += [
                         f"{side} {spread(points(name, runs))} ({len(runs)})"
@@ -453,7 +453,7 @@ def fine_tuning(path: Path) -> Iterator[str]:
         "tokenizer, heads, padding and loop; of questions it knows no windows "
         "and no choice of spans, so both sides have ours. Both are scored with "
         "the weights after the last step, or with their mean where the plan has "
-        "`average`.",
+        "`average`. Where several plans have been tried, the latest is first.",
         "",
         *summary(groups),
         f"The column of {MODELS[COLAB]} is filled by one command on a machine "

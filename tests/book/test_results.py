@@ -142,6 +142,15 @@ def test_two_plans_are_told_apart(tmp_path: Path, add: Add) -> None:
         assert f"*{said}*" in cell
 
 
+def test_the_latest_plan_is_first(tmp_path: Path, add: Add) -> None:
+    add(
+        run(),
+        run(plan={"epochs": 3, "batch_size": 64}, scores={"accuracy": 0.5}),
+    )
+    (cells,) = rows(results.page(tmp_path), "[SST-2](#results-sst2)")
+    assert cells[2].index("50.00") < cells[2].index("90.00")
+
+
 def test_times_of_two_machines_are_not_set_side_by_side(
     tmp_path: Path, add: Add
 ) -> None:
