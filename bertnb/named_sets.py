@@ -384,8 +384,11 @@ def read_examples(
     Raises:
         BertnbError: a row is bad; the message names the place.
         FileNotFoundError: there is neither such a set nor such a file.
-        ValueError: the set is for something else.
+        ValueError: there is no such kind, or the set is for another.
     """
+    kinds = sorted({known for known, _ in NAMED_SETS.values()})
+    if kind not in kinds:
+        raise ValueError(f"kind={kind!r}: expected one of {', '.join(kinds)}")
     _check_there(source)
     if source in NAMED_SETS:
         if (known := NAMED_SETS[source][0]) != kind:

@@ -353,6 +353,11 @@ def test_a_set_or_a_file(monkeypatch, tmp_path):
     ]
     with pytest.raises(ValueError, match="sst2 is for classification, not for"):
         read_examples("sst2", "tokens", "validation")
+    with pytest.raises(
+        ValueError,
+        match="kind='text': expected one of classification, questions, regres",
+    ):
+        read_examples(str(table), "text")
     for read in (guess_kind, lambda source: read_examples(source, "tokens")):
         with pytest.raises(FileNotFoundError, match=r"sst: .* sets are sst2, "):
             read("sst")
